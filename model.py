@@ -1,0 +1,288 @@
+"""The network: a diffusion transformer that knows where it is (t) and how far it goes (t - r).
+
+Tensor names, shapes and numerics are those of the released TiM weights, so they load without renaming.
+
+    B  batch          N  tokens         K  head size, D / H
+    C  channels       D  width          L  caption tokens
+    S  side           H  heads          p  patch
+
+Precision follows the weights: a Linear computes in the type its weight has. `lower_precision` puts attention and MLP
+in bf16; times, their embeddings, adaLN, the residual stream, the patch embedding and the last layer stay fp32, or a
+finite difference over time drowns in rounding. f comes back in fp32.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SIZES = {  # adaln: hidden width of each block's modulation. Heads of 64 run unpadded in flash kernels, XL's 72 do not
+    "demo": dict(depth=4, width=128, heads=4, adaln=64),
+    "S": dict(depth=12, width=384, heads=6, adaln=128),
+    "B": dict(depth=12, width=768, heads=12, adaln=256),
+    "L": dict(depth=24, width=1024, heads=16, adaln=344),
+    "XL": dict(depth=28, width=1152, heads=16, adaln=384),
+    "XL64": dict(depth=28, width=1152, heads=18, adaln=384),
+}
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the type of its weight, whatever comes in."""
+
+    def forward(self, x):
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class SwiGLU(nn.Module):
+    """fc2(silu(fc1_g x) * fc1_x x)."""
+
+    def __init__(self, inner, hidden, outer):
+        super().__init__()
+        self.fc1_g, self.fc1_x, self.fc2 = Linear(inner, hidden), Linear(inner, hidden), Linear(hidden, outer)
+
+    def forward(self, x):
+        return self.fc2(F.silu(self.fc1_g(x)) * self.fc1_x(x))
+
+
+class PatchEmbedder(nn.Module):
+    """Pictures to tokens; a convolution's weight, computed as one matrix product."""
+
+    def __init__(self, channels, patch, width):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, patch)
+
+    def forward(self, x):                                                       # (B, C, h p, w p) -> (B, h w, D)
+        p = self.proj.kernel_size[0]
+        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))                       # (B, C, h, p, w, p)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                # (B, h w, C p p)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimeEmbedder(nn.Module):
+    """256 sinusoids of a time as it is (not times 1000), then an MLP. (B,) -> (B, D)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(256, width), nn.SiLU(), Linear(width, width))
+
+    def forward(self, t):
+        k = torch.arange(128, dtype=t.dtype, device=t.device)
+        angle = t[:, None] * 10000.0 ** (-k / 128)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], 1))
+
+
+class LabelEmbedder(nn.Module):
+    """A row per class; the last row means no class. (B,) -> (B, D)."""
+
+    def __init__(self, classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class CaptionEmbedder(nn.Module):
+    """Features of a text encoder to cross-attention tokens. (B, L, caption) -> (B, L, D)."""
+
+    def __init__(self, caption, width):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(caption, eps=1e-5), SwiGLU(caption, 4 * width, width)
+
+    def forward(self, features):
+        return self.mlp(self.norm(features.to(self.norm.weight.dtype)))
+
+
+@lru_cache(maxsize=64)
+def rope_table(h, w, head, theta, layout, device):
+    """Rotation of each token by its place on an h x w grid: cos and sin, (h w, K/2) each, float32.
+
+    The first half of the head turns with the column, the second with the row, each pair of numbers at its own rate
+    theta^(-2k / (K/2)). layout "grid": token n lies at column n mod w, row n div w. layout "released": n mod h and
+    n div h, as the released weights were trained; the same thing on square grids only.
+    """
+    place = torch.arange(h * w, device=device, dtype=torch.float64)
+    side = w if layout == "grid" else h
+    rate = theta ** (-torch.arange(0, head // 2, 2, device=device, dtype=torch.float64) / (head // 2))
+    angle = torch.cat([torch.outer(place % side, rate), torch.outer(place // side, rate)], 1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, rope):
+    """Turn the interleaved pairs (a, b) of each head by its token's angles: (B, H, N, K) -> same, in x's type."""
+    cos, sin = rope
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Interval-aware self-attention: q, k, v of every token are shifted by W_d phi(t - r)."""
+
+    def __init__(self, width, heads, interval):
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width)
+        self.qkv_d = Linear(width, 3 * width, bias=False) if interval else None
+        self.q_norm, self.k_norm = nn.LayerNorm(width // heads, eps=1e-5), nn.LayerNorm(width // heads, eps=1e-5)
+        self.proj = Linear(width, width)
+
+    def forward(self, x, d, rope):                                              # (B, N, D), (B, D) -> (B, N, D)
+        qkv = self.qkv(x)
+        if self.qkv_d is not None:
+            qkv = qkv + self.qkv_d(d)[:, None]
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, K)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        x = F.scaled_dot_product_attention(q, k, v)                             # (B, H, N, K)
+        return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
+
+
+class CrossAttention(nn.Module):
+    """Picture tokens look at caption tokens; only the picture side has places."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.proj = Linear(width, width), Linear(width, 2 * width), Linear(width, width)
+        self.q_norm, self.k_norm = nn.LayerNorm(width // heads, eps=1e-5), nn.LayerNorm(width // heads, eps=1e-5)
+
+    def forward(self, x, caption, mask, rope):                                  # (B, N, D), (B, L, D) -> (B, N, D)
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)            # (B, H, N, K)
+        k, v = self.kv(caption).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.q_norm(q), rope), self.k_norm(k)
+        mask = None if mask is None else mask[:, None, None]                    # (B, 1, 1, L), True = look
+        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there are captions, and an MLP, each with adaLN's shift, scale and gate."""
+
+    def __init__(self, width, heads, adaln, interval, caption):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)     # no weights: one serves all branches
+        self.attn = Attention(width, heads, interval)
+        self.cross_attn = CrossAttention(width, heads) if caption else None
+        self.mlp = SwiGLU(width, 4 * width * 2 // 3, width)
+        self.adaLN_modulation = SwiGLU(width, adaln, (9 if caption else 6) * width)
+
+    def forward(self, x, c, d, rope, caption=None, mask=None):                  # (B, N, D), (B, D), (B, D)
+        m = self.adaLN_modulation(c).unflatten(1, (-1, 1, x.shape[2])).unbind(1)  # 6 or 9 x (B, 1, D)
+        x = x + m[2] * self.attn(modulate(self.norm(x), m[0], m[1]), d, rope)
+        if self.cross_attn is not None:
+            x = x + m[5] * self.cross_attn(modulate(self.norm(x), m[3], m[4]), caption, mask, rope)
+        return x + m[-1] * self.mlp(modulate(self.norm(x), m[-3], m[-2]))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = Linear(width, out)
+        self.adaLN_modulation = SwiGLU(width, width // 2, 2 * width)
+
+    def forward(self, x, c):                                                    # (B, N, D), (B, D) -> (B, N, p p C)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, 2)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class TiM(nn.Module):
+    """f_theta(x_t, t, r, y).
+
+    channels, patch           C and p; heights and widths must be multiples of p.
+    depth, width, heads       of the transformer; adaln: hidden width of each block's modulation.
+    classes | caption         class-conditional with this many classes, or text with features of this width.
+    shared_time               ablation: one time encoder for t and t - r. interval_attention=False: no W_d.
+    rope_layout, rope_theta   see `rope_table`.
+    caption_mask              False: cross-attention sees padding too, as the released text weights were trained.
+    projector                 None or (tap depth, hidden, features): an MLP on the tokens after a block, for the
+                              alignment loss; asked for by `aligned=True`, never run otherwise.
+    """
+
+    def __init__(
+        self, channels, patch, depth, width, heads, adaln, classes=None, caption=None, shared_time=False,
+        interval_attention=True, rope_layout="grid", rope_theta=10000.0, caption_mask=True, projector=None,
+    ):  # fmt: skip
+        super().__init__()
+        if (classes is None) == (caption is None):
+            raise ValueError(f"classes={classes}, caption={caption}: give the number of classes or the caption width")
+        if width % heads or (width // heads) % 4:
+            raise ValueError(f"width {width} over {heads} heads: the head size must be a whole multiple of 4 for RoPE")
+        self.channels, self.patch, self.head, self.classes = channels, patch, width // heads, classes
+        self.rope_layout, self.rope_theta, self.caption_mask = rope_layout, rope_theta, caption_mask
+        self.x_embedder = PatchEmbedder(channels, patch, width)
+        self.t_embedder = TimeEmbedder(width)
+        self.delta_embedder = None if shared_time else TimeEmbedder(width)
+        self.y_embedder = LabelEmbedder(classes, width) if caption is None else CaptionEmbedder(caption, width)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, adaln, interval_attention, caption is not None) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(width, patch * patch * channels)
+        if projector:
+            self.tap, hidden, features = projector
+            self.projector = nn.Sequential(
+                Linear(width, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU(), Linear(hidden, features)
+            )
+        self.init_weights()
+
+    def init_weights(self):
+        """Xavier for products, small normals for class table and times, zeros where a branch or the output ends."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))               # flatten: a view, also of a kernel
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.classes is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for last in [m.adaLN_modulation.fc2 for m in (*self.blocks, self.final_layer)] + [self.final_layer.linear]:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x, t, r, y, aligned=False):
+        """f (B, C, S, S) in fp32 (fp64 for fp64 weights) of the state x, and the projected tokens if `aligned`.
+
+        x     (B, C, height, width), multiples of the patch; height and width may differ.
+        t, r  (B,) float32 or float64: the times as the network sees them (c_noise of the row), r <= t.
+        y     (B,) int64 in [0, classes], classes = no class; or caption features (B, L, caption), alone or as a
+              tuple with a mask (B, L) bool, True for real tokens.
+        raises ValueError for a size that is no multiple of the patch, TypeError for times of less than fp32.
+        """
+        if x.shape[2] % self.patch or x.shape[3] % self.patch:
+            raise ValueError(f"{x.shape[2]}x{x.shape[3]} must be a multiple of the patch, {self.patch}, on both sides")
+        if t.dtype.itemsize < 4 or r.dtype.itemsize < 4:
+            raise TypeError(f"times in {t.dtype}, {r.dtype}: bf16 is too coarse for a time; pass float32")
+        dtype = self.x_embedder.proj.weight.dtype
+        h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
+        rope = rope_table(h, w, self.head, self.rope_theta, self.rope_layout, x.device)
+        d = (self.delta_embedder or self.t_embedder)((t - r).to(dtype))         # (B, D)
+        c = self.t_embedder(t.to(dtype)) + d
+        caption = mask = None
+        if self.classes is not None:
+            c = c + self.y_embedder(y)
+        else:
+            features, mask = y if isinstance(y, tuple) else (y, None)
+            caption, mask = self.y_embedder(features), mask if self.caption_mask else None
+        x = self.x_embedder(x.to(dtype))                                        # (B, N, D)
+        tokens = None
+        for i, block in enumerate(self.blocks):
+            x = block(x, c, d, rope, caption, mask)
+            if aligned and i + 1 == self.tap:
+                tokens = self.projector(x)
+        x = self.final_layer(x, c)                                              # (B, h w, p p C)
+        x = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (h, w))   # (B, h, w, p, p, C)
+        f = x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                # (B, C, h p, w p)
+        return (f, tokens) if aligned else f
+
+
+def lower_precision(model: TiM, dtype=torch.bfloat16) -> TiM:
+    """Put attention and MLP weights in `dtype`, in place, and leave in fp32 what must stay so. For inference."""
+    for block in model.blocks:
+        for part in (block.attn, block.cross_attn, block.mlp):
+            if part is not None:
+                part.to(dtype)
+    return model
