@@ -15,6 +15,12 @@ def golden():
 
 
 @pytest.fixture(scope="session")
+def golden_text():
+    """The same for a small text-conditional network: outputs on a square, a wide and a tall grid."""
+    return load_file(HERE / "reference_t2i.safetensors")
+
+
+@pytest.fixture(scope="session")
 def golden_model(golden):
     sizes = dict(channels=4, patch=2, depth=2, width=48, heads=2, adaln=16, classes=10, projector=(1, 40, 24))
     model = TiM(**sizes).eval().requires_grad_(False)
