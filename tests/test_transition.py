@@ -212,6 +212,27 @@ def test_the_target_becomes_the_residual_as_r_nears_t(row):
     close(ideal(row)(interpolate(row, x, eps, t), t, near_t), residual(row, x, eps, t), rtol=1e-3, atol=1e-4)
 
 
+def test_how_strongly_the_derivative_enters():
+    """sup |B/B'| is 1 for otfm, at (1, 0), and .7685 for tim, at (.75, 0); trigflow has a pole at t - r = pi/2."""
+    t, r = torch.meshgrid(*[torch.linspace(0, 1, 401, dtype=torch.float64)] * 2, indexing="ij")
+    t, r = t[t > r], r[t > r]
+    for name, most, at in (("otfm", 1.0, 1.0), ("tim", 0.7685, 0.75)):
+        found = ratio(TRANSPORTS[name], t, r).abs()
+        place = found.argmax()
+        assert (found[place], t[place], r[place]) == (pytest.approx(most, abs=1e-4), pytest.approx(at, abs=0.005), 0)
+    assert ratio(TRANSPORTS["trigflow"], torch.tensor([1.57]), torch.tensor([0.0])) > 1000
+
+
+@each_row
+def test_fp32_is_enough_for_the_formulas(row):
+    t, r = sample_times(row, 5000, 0.2, 0.2, torch.Generator().manual_seed(7))
+    x, eps, df_dt = torch.randn(3, 5000, 1, generator=torch.Generator().manual_seed(8))
+    exact = transition_target(row, *(v.double() for v in (x, eps, t, r, df_dt)))
+    assert ((transition_target(row, x, eps, t, r, df_dt) - exact).abs() / (1 + exact.abs())).max() < 2e-4
+    for found, true in zip(step_coefficients(row, t, r), step_coefficients(row, t.double(), r.double())):
+        assert ((found - true).abs() / (1 + true.abs())).max() < 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is printed wrong elsewhere
 
