@@ -84,14 +84,15 @@ class LabelEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Features of a text encoder to cross-attention tokens. (B, L, caption) -> (B, L, D)."""
+    """Features of a text encoder to cross-attention tokens of unit variance. (B, L, caption) -> (B, L, D)."""
 
     def __init__(self, caption, width):
         super().__init__()
         self.norm, self.mlp = nn.LayerNorm(caption, eps=1e-5), SwiGLU(caption, 4 * width, width)
+        self.last = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)     # no weights, so it loads nothing
 
     def forward(self, features):
-        return self.mlp(self.norm(features.to(self.norm.weight.dtype)))
+        return self.last(self.mlp(self.norm(features.to(self.norm.weight.dtype))))
 
 
 @lru_cache(maxsize=64)
