@@ -2,11 +2,14 @@
 
     python sample.py --steps 1 2 128                          # newest run; a grid, one row per number of steps
     python sample.py --checkpoint runs/demo --num 1000 --steps 8 --out pictures
+    python sample.py --checkpoint c2i_model_256.safetensors --steps 1 2 128 --classes 207 360     # released weights
+    python sample.py --checkpoint runs/demo --export demo.safetensors
 """
 
 import argparse
 import json
 import os
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,25 +40,79 @@ def save(path: Path, state: dict[str, Tensor], config: dict) -> None:
 def load(path, device="cpu") -> tuple[TiM, Transport, dict]:
     """The network of a checkpoint, in fp32 and evaluation mode, its transport and its configuration.
 
-    path     a run folder (its newest ema.safetensors) or a file written by `save`.
-    returns  model, row, config; config holds "model" (arguments of TiM), "data" (spec), "train" (a plain record), "step".
+    path     a run folder (its newest ema.safetensors), a file that `save` wrote, or a released TiM file, which is
+             recognised by its tensors. A projector, which only training uses, is left out.
+    returns  model, row, config; config holds "model" (arguments of TiM), "data" (spec), "train" (a plain record) and
+             "step". Weights are mapped from the file, not copied, where the device is the CPU.
     raises   UserError if it is missing, cut short, not a TiM checkpoint, or its tensors do not fit, by name.
     """
     path = Path(path)
     file = path / "ema.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"--checkpoint {path}: there is no {file}; train one with `python train.py`, or give another path")
+        raise UserError(f"--checkpoint {path}: there is no {file}; train one with `python train.py`, or mend the path")
+    state, config = read_tensors(file, device)
+    state = {k: v for k, v in state.items() if not k.startswith("projector.")}
+    config = config or recognise(state, file)
     try:
-        with safe_open(file, "pt", device=str(device)) as f:
-            state, config = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("tim", "null"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error
-    if not isinstance(config, dict) or not {"model", "data", "train"} <= config.keys():
-        raise UserError(f"{file}: no TiM configuration in its metadata; give a file that train.py or --export wrote")
-    with torch.device("meta"):
-        model = TiM(**config["model"])
+        row = TRANSPORTS[config["train"]["transport"]]
+        with torch.device("meta"):
+            model = TiM(**(config["model"] | dict(projector=None)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: its configuration is not one of this version ({error}); export it again") from error
     fill(model, state, file)
-    return model.eval().requires_grad_(False), TRANSPORTS[config["train"]["transport"]], config
+    return model.eval().requires_grad_(False), row, config
+
+
+def read_tensors(file: Path, device) -> tuple[dict, dict | None]:
+    """Tensors of a .safetensors, or of a .bin or .pt that holds nothing else, and our configuration if it has one."""
+    try:
+        if file.suffix in (".bin", ".pt", ".pth"):
+            state = torch.load(file, map_location=device, weights_only=True, mmap=True)
+            if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+                raise UserError(f"{file}: not a plain dictionary of tensors; save the network's state_dict alone")
+            return state, None
+        with safe_open(file, "pt", device=str(device)) as f:
+            state = {k: f.get_tensor(k) for k in f.keys()}
+            return state, json.loads((f.metadata() or {}).get("tim", "null"))
+    except pickle.UnpicklingError as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{file}: holds more than weights and is not opened ({why}); get a safetensors file") from error
+    except (SafetensorError, json.JSONDecodeError, RuntimeError, EOFError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{file}: not a whole file of weights ({why}); copy or download it again") from error
+
+
+def recognise(state: dict[str, Tensor], file) -> dict:
+    """The configuration of a released file, read off its tensors: they all were trained on the row otfm.
+
+    The side of the latents is not in the file: it is 32 for 4 channels (256 px) and 16 for 32 (512 px), as released.
+    """
+    def size(name, axis):
+        if name not in state:
+            raise UserError(f"{file}: no {name} in it, so no TiM network; give a file of train.py, --export or TiM's")
+        return state[name].shape[axis]
+
+    width, channels, patch = (size("x_embedder.proj.weight", axis) for axis in (0, 1, 2))
+    text = "y_embedder.mlp.fc2.weight" in state
+    model = dict(
+        channels=channels, patch=patch, width=width,
+        depth=1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=-1),
+        heads=width // size("blocks.0.attn.q_norm.weight", 0),
+        adaln=size("blocks.0.adaLN_modulation.fc1_g.weight", 0),
+        shared_time=not any(k.startswith("delta_embedder.") for k in state),
+        interval_attention=any(k.endswith(".qkv_d.weight") for k in state),
+    )  # fmt: skip
+    if text:
+        model |= dict(caption=size("y_embedder.norm.weight", 0), rope_layout="released", caption_mask=False)
+    else:
+        model["classes"] = size("y_embedder.embedding_table.weight", 0) - 1
+    known = {channels: (name, scale) for name, (_, channels, scale) in data.AUTOENCODERS.items()}
+    name, scale = known.get(channels, ("", 1.0))
+    side, guidance, interval = (32, 2.5, (0, 0.6)) if channels == 4 else (16, 3.0, (0, 0.7))
+    spec = dict(kind="latents", autoencoder=name, scale=scale, shift=0.0, shape=[channels, side, side])
+    spec["classes"] = [str(i) for i in range(model.get("classes", 0))]
+    train = dict(transport="otfm", guidance=2.5 if text else guidance, interval=(0, 1) if text else interval, drop=0.1)
+    return dict(model=model, data=spec, train=train, step=None)
 
 
 def fill(model: TiM, state: dict[str, Tensor], file) -> None:
@@ -151,13 +208,19 @@ def class_of(index: int, classes: list[int]) -> int:
     return classes[index % len(classes)]
 
 
-def images(model, row, config, index: list[int], seed: int, steps, classes: list[int], **options) -> np.ndarray:
-    """uint8 pictures (len(index), H, W, C): image i has noise (seed, i) and class classes[i mod len(classes)]."""
-    device = next(model.parameters()).device
-    z = initial_noise(config["data"]["shape"], seed, index, device)
+def latents(model, row, config, index, seed: int, steps, classes: list[int], **options) -> Tensor:
+    """Samples in network space (n, C, H, W): image i has noise (seed, i) and class classes[i mod len(classes)]."""
+    device, shape = next(model.parameters()).device, config["data"]["shape"]
+    z = initial_noise(shape, seed, index, device)
     y = torch.tensor([class_of(i, classes) for i in index], device=device)
-    noise = lambda k: initial_noise(config["data"]["shape"], seed, index, device, k)
-    return data.to_pixels(config["data"], generate(model, row, z, y, steps, noise=noise, **options))
+    noise = lambda k: initial_noise(shape, seed, index, device, k)
+    return generate(model, row, z, y, steps, noise=noise, **options)
+
+
+def images(model, row, config, index, seed: int, steps, classes: list[int], decode=None, **options) -> np.ndarray:
+    """`latents` as uint8 pictures (len(index), H, W, C); decode: what `data.decoder` gave for config["data"]."""
+    decode = decode or data.decoder(config["data"], next(model.parameters()).device)
+    return decode(latents(model, row, config, index, seed, steps, classes, **options))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,33 +229,31 @@ def images(model, row, config, index: list[int], seed: int, steps, classes: list
 
 def parse_arguments(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--checkpoint", help="run folder or file (default: the newest under runs/)")
-    p.add_argument("--steps", type=int, nargs="+", default=[1, 2, 8], help="numbers of steps, a row each (default 1 2 8)")
-    p.add_argument("--classes", type=int, nargs="+", help="classes to draw, a column each (default: the first ten)")
-    p.add_argument("--guidance", type=float, help="1 = off (default: what the run was trained for)")
-    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                   help="guide only at these times, as fractions of the range, ends included (default 0 1)")  # fmt: skip
-    p.add_argument("--strict_interval", action="store_true", help="leave the ends of the interval out, as the authors do")
-    p.add_argument("--stochastic", type=float, default=0.0, help="share of noise renewed per step, otfm only (default 0)")
-    p.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    p.add_argument("--num", type=int, help="write this many single pictures into --out instead of a grid")
-    p.add_argument("--out", help="grid PNG (default samples.png), or the folder for --num")
-    p.add_argument("--batch", type=int, default=100, help="pictures per pass (default 100)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
-    p.add_argument("--precision", choices=("fp32", "bf16"), help="of attention and MLP (default: bf16 on cuda)")
-    return p.parse_args(argv)
+    add = p.add_argument
+    add("--checkpoint", help="run folder, exported or released file (default: the newest run under runs/)")
+    add("--steps", type=int, nargs="+", default=[1, 2, 8], help="numbers of steps, a row each (default 1 2 8)")
+    add("--classes", type=int, nargs="+", help="classes to draw, a column each (default: the first ten)")
+    add("--guidance", type=float, help="1 = off (default: what the checkpoint was trained for)")
+    add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="guide only at these times, as fractions of the range, ends included\n(default 0 1; released: theirs)")
+    add("--strict_interval", action="store_true", help="leave the ends of the interval out, as the authors do")
+    add("--stochastic", type=float, default=0.0, help="share of noise renewed per step, otfm only (default 0)")
+    add("--seed", type=int, default=0, help="of the noise (default 0)")
+    add("--num", type=int, help="write this many single pictures into --out instead of a grid; under torchrun all\n"
+        "ranks share the work; run again to go on")
+    add("--out", help="grid PNG (default samples.png), or the folder for --num")
+    add("--batch", type=int, default=100, help="pictures per pass (default 100)")
+    add("--autoencoder", help="place of the autoencoder: a folder or hub name (default: what the checkpoint names)")
+    add("--save_latents", action="store_true", help="write latents as safetensors, undecoded; needs no autoencoder")
+    add("--export", metavar="FILE", help="write weights and configuration as one .safetensors file, and stop")
+    add("--compile", action="store_true", help="compile the blocks; pays from some thousand pictures on")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
+    add("--precision", choices=("fp32", "bf16"), help="of attention and MLP (default: bf16 on cuda)")
+    return p.parse_args(argv)  # fmt: skip
 
 
-def main(argv=None):
-    a = parse_arguments(argv)
-    path = a.checkpoint or newest()
-    try:
-        torch.empty(0, device=a.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
-    model, row, config = load(path, a.device)
-    if (a.precision or ("bf16" if a.device.startswith("cuda") else "fp32")) == "bf16":
-        lower_precision(model)
+def check_arguments(a, path, config) -> tuple[list[int], dict]:
+    """The classes to draw and the options of `generate`; UserError for what cannot be."""
     known = len(config["data"]["classes"])
     classes = list(range(min(10, known) if a.num is None else known)) if a.classes is None else a.classes
     for k in classes:
@@ -204,45 +265,96 @@ def main(argv=None):
     for name, (value, bound) in asked.items():
         if not value >= bound:
             raise UserError(f"--{name} {value:g}: at least {bound}")
-    if not 0 <= a.interval[0] <= a.interval[1] <= 1:
-        raise UserError(f"--interval {a.interval[0]:g} {a.interval[1]:g}: two rising fractions within 0 and 1")
-    if a.num is None and a.out and not a.out.endswith(".png"):
-        raise UserError(f"--out {a.out}: a grid goes into one .png file; give such a name, or --num for many pictures")
+    interval = a.interval or config["train"].get("interval", (0.0, 1.0))
+    if not 0 <= interval[0] <= interval[1] <= 1:
+        raise UserError(f"--interval {interval[0]:g} {interval[1]:g}: two rising fractions within 0 and 1")
+    ending = ".safetensors" if a.save_latents else ".png"
+    if a.num is None and a.out and not a.out.endswith(ending):
+        raise UserError(f"--out {a.out}: a grid goes into one {ending} file; give such a name, or --num for many")
+    if a.num is not None and not a.out:
+        raise UserError(f"--num {a.num} needs --out FOLDER")
+    if a.export and not a.export.endswith(".safetensors"):
+        raise UserError(f"--export {a.export}: the file is a .safetensors one; give such a name")
     guidance = config["train"]["guidance"] if a.guidance is None else a.guidance
     if guidance != 1 and not config["train"]["drop"]:
-        raise UserError(f"--guidance {guidance:g}: {path} was trained with --drop 0 and knows no condition to guide from; use 1")
-    options = dict(guidance=guidance, interval=a.interval, strict=a.strict_interval, stochastic=a.stochastic)
-    if a.num is None:
-        rows = [images(model, row, config, range(len(classes)), a.seed, n, classes, **options) for n in a.steps]
-        out = Path(a.out or "samples.png")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        data.grid(np.stack(rows), scale=max(1, 64 // rows[0].shape[1])).save(out)
-        names = [config["data"]["classes"][k] for k in classes]
-        print(f"{out}: rows {a.steps} steps, columns {', '.join(names)}, guidance {guidance:g}, from {path}")
+        rule = f"{path} was trained with --drop 0 and knows no condition to guide from"
+        raise UserError(f"--guidance {guidance:g}: {rule}; use 1")
+    return classes, dict(guidance=guidance, interval=interval, strict=a.strict_interval, stochastic=a.stochastic)
+
+
+def main(argv=None):
+    a = parse_arguments(argv)
+    path = a.checkpoint or newest()
+    try:
+        torch.empty(0, device=a.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
+    model, row, config = load(path, a.device)
+    classes, options = check_arguments(a, path, config)
+    if a.export:
+        save(Path(a.export), model.state_dict(), config)
+        print(f"{a.export}: {sum(p.numel() for p in model.parameters()):,} parameters of {path}")
+        return
+    if (a.precision or ("bf16" if a.device.startswith("cuda") else "fp32")) == "bf16":
+        lower_precision(model)
+    for block in model.blocks if a.compile else ():
+        block.compile()
+    decode = None if a.save_latents else data.decoder(config["data"], a.device, a.autoencoder)
+    if a.num is not None:
+        return many(model, row, config, a, path, classes, options, decode)
+    draw = lambda n: latents(model, row, config, range(len(classes)), a.seed, n, classes, **options)
+    out = Path(a.out or ("samples.safetensors" if a.save_latents else "samples.png"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if a.save_latents:
+        save(out, {f"steps_{n}": draw(n) for n in a.steps}, dict(data=config["data"], classes=classes))
     else:
-        many(model, row, config, a, classes, options)
+        rows = [decode(draw(n)) for n in a.steps]
+        data.grid(np.stack(rows), scale=max(1, 64 // rows[0].shape[1])).save(out)
+    names = [config["data"]["classes"][k] for k in classes]
+    print(f"{out}: rows {a.steps} steps, columns {', '.join(names)}, guidance {options['guidance']:g}, from {path}")
 
 
-def many(model, row, config, a, classes, options):
-    """--num pictures as {index:06}.png, shared over ranks, PNGs written by threads; what is there is not drawn again."""
-    if not a.out:
-        raise UserError(f"--num {a.num} needs --out FOLDER")
+def many(model, row, config, a, path, classes, options, decode):
+    """--num pictures as {index:06}.png (or latents, a file per batch), shared over ranks, written by threads.
+
+    What is there already is not drawn again; sampling.json beside it says what it is, so that no two settings mix.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for n in a.steps:
         folder = Path(a.out) / (f"steps_{n}" if len(a.steps) > 1 else "")
         folder.mkdir(parents=True, exist_ok=True)
-        todo = [i for i in range(rank, a.num, world) if not (folder / f"{i:06}.png").exists()]
-        writes = []
-        with ThreadPoolExecutor(2) as pool, tqdm(total=len(todo), desc=f"{n} steps", disable=rank > 0, unit="img") as bar:
-            for start in range(0, len(todo), a.batch):
-                index = todo[start : start + a.batch]
-                for i, pixels in zip(index, images(model, row, config, index, a.seed, n, classes, **options)):
-                    writes.append(pool.submit(write_png, pixels, folder / f"{i:06}.png"))
-                bar.update(len(index))
+        claim(folder / "sampling.json", options | dict(
+            checkpoint=str(path), step=config["step"], steps=n, seed=a.seed, classes=classes, latents=a.save_latents))
+        batches = [range(s, min(s + a.batch, a.num)) for s in range(0, a.num, a.batch)][rank::world]
+        writes, total = [], sum(map(len, batches))
+        with ThreadPoolExecutor(2) as pool, tqdm(total=total, desc=f"{n} steps", disable=rank > 0, unit="img") as bar:
+            for batch in batches:
+                whole = folder / f"latents_{batch[0]:06}_{batch[-1]:06}.safetensors"
+                todo = [i for i in batch if not (whole if a.save_latents else folder / f"{i:06}.png").exists()]
+                x = latents(model, row, config, todo, a.seed, n, classes, **options) if todo else None
+                if todo and a.save_latents:
+                    save(whole, dict(latents=x, index=torch.tensor(todo)), dict(data=config["data"]))
+                elif todo:
+                    writes += [pool.submit(write_png, p, folder / f"{i:06}.png") for i, p in zip(todo, decode(x))]
+                bar.update(len(batch))
         for write in writes:
             write.result()                                                      # raises what the thread met
     if rank == 0:
         print(f"{a.out}: {a.num} pictures at {a.steps} steps, guidance {options['guidance']:g}")
+
+
+def claim(file: Path, record: dict) -> None:
+    """Write what a folder of samples is; UserError if it is something else already."""
+    record = json.loads(json.dumps(record))
+    if not file.exists():
+        aside = file.with_suffix(f".{os.getpid()}.tmp")
+        aside.write_text(json.dumps(record, indent=1))
+        os.replace(aside, file)
+    found = json.loads(file.read_text())
+    for name in record.keys() | found.keys():
+        if record.get(name) != found.get(name):
+            rule = f"{file.parent} holds samples with {name} = {found.get(name)}, not {record.get(name)}"
+            raise UserError(f"{rule}; give another --out, or empty it")
 
 
 def write_png(pixels, path: Path):
