@@ -67,7 +67,7 @@ def rng(*key: int, device="cpu") -> torch.Generator:
 
 
 def in_tar(stream, file: str, base: int, folder: str):
-    """Pictures in a tar and the tars within, as (name, file, offset, bytes): places in the file, nothing is unpacked."""
+    """Pictures in a tar and the tars within, as (name, file, offset, bytes); nothing is unpacked."""
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):
@@ -81,13 +81,12 @@ def in_tar(stream, file: str, base: int, folder: str):
 
 
 def list_pictures(root) -> list[tuple[str, str, int, int]]:
-    """Every picture under a folder, or in a tar, as (name, file, offset, bytes), sorted by name.
+    """Every picture under a folder or in a tar as (name, file, offset, bytes), sorted by name.
 
     A tar stands for a folder of its name, so a tar of one tar per class (ImageNet's) lists like its unpacked tree.
     """
     root, found = Path(root), []
-    walk = [(root.parent, [], [root.name])] if root.is_file() else os.walk(root, followlinks=True)
-    for folder, _, names in walk:
+    for folder, _, names in [(root.parent, [], [root.name])] if root.is_file() else os.walk(root, followlinks=True):
         for name in names:
             path, ending = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             inside = "" if root.is_file() else os.path.relpath(path, root)
@@ -97,8 +96,7 @@ def list_pictures(root) -> list[tuple[str, str, int, int]]:
             elif ending in PICTURES and not name.startswith("."):
                 found.append((inside, path, 0, -1))
     if not found:
-        raise UserError(f"{root}: no pictures; expected one folder or tar of pictures per class, or captions.jsonl, or "
-                        "for training also idx files or data_batch_*.bin")  # fmt: skip
+        raise UserError(f"{root}: no pictures; expected a folder or tar of them per class, or captions.jsonl with them")
     return sorted(found)
 
 
@@ -116,25 +114,16 @@ def label_pictures(root, names: list[str]) -> tuple[list[str], np.ndarray]:
     return classes, np.array([number[name] for name in of])
 
 
-def first_suffix(folder) -> str:
-    """The ending of the first file that could be data."""
-    walk = (os.path.splitext(n)[1].lower() for _, _, names in os.walk(folder) for n in names)
-    return next((s for s in walk if s in PICTURES | {".safetensors", ".tar"}), "")
-
-
-def read_bytes(entry) -> bytes:
-    """A disk that fails is an error, unlike a picture that is broken: a set must not shrink because a mount went away."""
+def open_picture(entry) -> Image.Image:
+    """The picture as RGB. raises ValueError for a broken one, and UserError for a disk that fails: a set must not
+    shrink because a mount went away."""
     name, file, offset, size = entry
     try:
         with open(file, "rb") as stream:
             stream.seek(offset)
-            return stream.read(size)
+            raw = stream.read(size)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error}); see to the disk, then run again") from error
-
-
-def decode_picture(raw: bytes) -> Image.Image:
-    """The picture as RGB. raises ValueError for whatever is wrong with it."""
     try:
         with Image.open(io.BytesIO(raw)) as picture:
             return picture.convert("RGB")
@@ -159,20 +148,19 @@ def crop(picture: Image.Image, side: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards on disk
 
-DTYPES = {"F16": np.float16, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
+NORMAL = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().numpy()  # its quantiles
 
 
 def open_shard(path) -> tuple[int, dict, int]:
-    """A safetensors file as (descriptor, header, where its data begin). raises UserError if it is missing or cut short."""
+    """A safetensors file as (descriptor, header, where its data begin). raises UserError if missing or cut short."""
     try:
         fd = os.open(path, os.O_RDONLY)
         length = int.from_bytes(os.pread(fd, 8, 0), "little")
         head = json.loads(os.pread(fd, min(length, 10**8), 8))
-        head.pop("__metadata__", None)
-        want, have = 8 + length + max(v["data_offsets"][1] for v in head.values()), os.fstat(fd).st_size
+        want = 8 + length + max(v["data_offsets"][1] for k, v in head.items() if k != "__metadata__")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no safetensors file that opens ({error}); delete it and encode it again") from error
-    if want != have:
+    if want != (have := os.fstat(fd).st_size):
         raise UserError(f"{path}: has {have} bytes, its header says {want}; delete it and encode it again")
     return fd, head, 8 + length
 
@@ -185,29 +173,24 @@ class Rows:
     """
 
     def __init__(self, files, name):
-        low, high = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(low, high if high > 0 else low), high))
+        low, high = resource.getrlimit(resource.RLIMIT_NOFILE)                  # a descriptor per shard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(low, min(high, 2**16)), high))
         self.files, (self.fds, heads, bases) = files, zip(*map(open_shard, files))
-        heads = [head[name] for head in heads]
-        self.shape, self.dtype = heads[0]["shape"][1:], DTYPES[heads[0]["dtype"]]
-        self.counts = np.array([head["shape"][0] for head in heads])
-        self.begins = np.cumsum(self.counts) - self.counts
-        self.places = np.array([base + head["data_offsets"][0] for base, head in zip(bases, heads)])
+        self.shape = heads[0][name]["shape"][1:]
+        self.ends = np.cumsum([head[name]["shape"][0] for head in heads])
+        begins = np.concatenate([[0], self.ends[:-1]])
+        places = [base + head[name]["data_offsets"][0] for base, head in zip(bases, heads)]
+        self.zeros = np.array(places) - begins * 2 * np.prod(self.shape)        # where row 0 would be; float16
 
     def read(self, index, half) -> np.ndarray:
-        """Half `half[i]` (0 or 1: picture or mirror image) of row `index[i]`, for all i: (B, ...)."""
-        out = np.empty((len(index), *self.shape[1:]), self.dtype)
-        shard = np.searchsorted(self.begins + self.counts, index, side="right")
-        place = self.places[shard] + ((index - self.begins[shard]) * self.shape[0] + half) * out[0].nbytes
+        """Half `half[i]` (0 or 1: picture or mirror image) of row `index[i]`, for all i: (B, ...) float16."""
+        out = np.empty((len(index), *self.shape[1:]), np.float16)
+        shard = np.searchsorted(self.ends, index, side="right")
+        place = self.zeros[shard] + (index * 2 + half) * out[0].nbytes
         for row, s, offset in zip(out, shard.tolist(), place.tolist()):
             if os.preadv(self.fds[s], [row], offset) != row.nbytes:
                 raise UserError(f"{self.files[s]}: was cut short while it was read; encode it again")
         return out
-
-    def all(self) -> np.ndarray:
-        size = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-        parts = (os.pread(fd, n * size, at) for fd, n, at in zip(self.fds, self.counts.tolist(), self.places.tolist()))
-        return np.frombuffer(b"".join(parts), self.dtype).reshape(-1, *self.shape)
 
 
 def digest(tensors: dict) -> str:
@@ -239,7 +222,7 @@ class Pixels:
 
 
 class PictureFolder:
-    """One folder per class, pictures of any format and size in it (ImageNet's layout) or in tars, read when asked for."""
+    """One folder or tar per class, pictures of any format and size in it (ImageNet's layout), read when asked for."""
 
     def __init__(self, path, side):
         self.files = list_pictures(path)
@@ -250,7 +233,7 @@ class PictureFolder:
 
     def picture(self, file):
         try:
-            return crop(decode_picture(read_bytes(file)), self.side)
+            return crop(open_picture(file), self.side)
         except ValueError as error:
             raise UserError(f"{file[1]}: {file[0]} is no picture that opens ({error}); remove it or mend it") from error
 
@@ -259,85 +242,65 @@ class PictureFolder:
 
 
 class Latents:
-    """A folder that `encode` wrote: one of picture and mirror image by chance, a draw from its posterior where kept."""
+    """A set that `encode` wrote: picture or mirror image by chance, a draw from the posterior where it was kept."""
 
     def __init__(self, folder, features=False):
         meta = json.loads((folder / "meta.json").read_text())
         self.spec = {k: meta[k] for k in ("kind", "autoencoder", "scale", "shift", "shape", "classes")}
         files = [folder / shard["file"] for shard in meta["shards"]]
         self.latents, self.moments, self.features = Rows(files, "latents"), meta["moments"], None
-        self.labels = Rows(files, "labels").all()
-        if len(self.labels) != meta["count"]:
-            raise UserError(f"{folder}: {len(self.labels)} latents, meta.json counts {meta['count']}; encode it again")
+        self.labels = np.concatenate([safe_open(f, "numpy").get_tensor("labels") for f in files])
+        if not len(self.labels) == self.latents.ends[-1] == meta["count"]:
+            raise UserError(f"{folder}: {len(self.labels)} labels, meta.json counts {meta['count']}; encode it again")
         if self.spec["classes"] and self.labels.max() >= len(self.spec["classes"]):
             raise UserError(f"{folder}: label {self.labels.max()} beyond the {len(self.spec['classes'])} classes")
-        if features and "features" not in meta:
-            raise UserError(f"{folder} has no features; add them with data.py encode --features NAME and its other flags")
-        if features:
+        if features and "features" in meta:
             self.features = Rows([folder / shard["file"] for shard in meta["features"]["shards"]], "features")
 
     def read(self, index, rng):
-        half = rng.integers(self.latents.shape[0], size=len(index))
-        z = self.latents.read(index, half).astype(np.float32)                   # (B, C or 2 C, h, w)
-        if self.moments:
-            mean, std = np.split(z, 2, axis=1)
-            z = rng.standard_normal(mean.shape, np.float32)
-            z *= std
-            z += mean
-        z -= np.float32(self.spec["shift"])
-        z *= np.float32(self.spec["scale"])
-        return (z, self.features.read(index, half).astype(np.float32)) if self.features else z
+        half = rng.integers(2, size=len(index))
+        x = np.empty((len(index), *self.spec["shape"]), np.float32)
+        for part in (slice(k, k + 16) for k in range(0, len(x), 16)):           # small arrays stay in the cache
+            z = self.latents.read(index[part], half[part]).astype(np.float32)   # (16, C or 2 C, h, w)
+            if self.moments:                            # normals of 16 bits, as fine as what is stored, and quick
+                z, std = np.split(z, 2, axis=1)
+                bits = rng.integers(2**64, size=-(-z.size // 4), dtype=np.uint64).view(np.uint16)
+                z = z + std * NORMAL.take(bits[: z.size]).reshape(z.shape)
+            x[part] = (z - np.float32(self.spec["shift"])) * np.float32(self.spec["scale"])
+        return (x, self.features.read(index, half).astype(np.float32)) if self.features else x
 
 
 class LatentFiles:
-    """The authors' layout: a safetensors file per picture, its latent [2, C, h, w] (picture, mirror image) and a label."""
+    """The authors' layout: a safetensors file per picture with its latent [2, C, h, w] (picture, mirror) and label."""
 
     def __init__(self, folder):
-        self.folder = os.fsencode(folder)
+        self.folder = str(folder)
         found = (os.path.join(p, n) for p, _, names in os.walk(folder) for n in names if n.endswith(".safetensors"))
-        self.files = np.array(sorted(os.fsencode(os.path.relpath(f, folder)) for f in found))
-        self.spec = dict(kind="latents", shape=list(self.open(0, np.array([0])).shape[1:]), shift=0.0)
+        self.files = np.array(sorted(os.fsencode(os.path.relpath(f, folder)) for f in found))  # packed: a million fit
+        some = np.stack([self.open(i)[0] for i in range(0, len(self.files), max(1, len(self.files) // 256))])
         known = {channels: (name, scale) for name, (_, channels, scale) in AUTOENCODERS.items()}
-        if self.spec["shape"][0] not in known:
-            raise UserError(f"{folder}: latents {self.spec['shape']}; a file per picture is read for channels {list(known)}")
-        self.spec["autoencoder"], self.spec["scale"] = known[self.spec["shape"][0]]
-        some = range(0, len(self.files), max(1, len(self.files) // 256))
-        deviation = np.std([self.open(i, np.array([0])) for i in some], dtype=np.float64)
-        self.scale = np.float32(1 if deviation < self.spec["scale"] ** -0.5 else self.spec["scale"])  # scaled already?
-        self.labels = self.find_labels(folder / "labels.npy")
+        if some.shape[2] not in known:
+            raise UserError(f"{folder}: {some.shape[2]} channels; a file per picture is read for {list(known)}")
+        name, scale = known[some.shape[2]]
+        self.scale = np.float32(1 if some.std() < scale**-0.5 else scale)       # were they stored scaled?
+        with ThreadPoolExecutor(16) as pool:
+            labels = pool.map(lambda i: self.open(i)[1], range(len(self.files)))
+            self.labels = np.array(list(tqdm(labels, "labels", len(self.files), disable=None)))
+        self.spec = dict(kind="latents", autoencoder=name, scale=scale, shift=0.0, shape=list(some.shape[2:]))
         self.spec["classes"] = [str(i) for i in range(self.labels.max() + 1)]
 
-    def open(self, i, half):
-        """Halves `half` of picture i's latent, (len(half), C, h, w), or its label where half is None."""
-        path = os.fsdecode(os.path.join(self.folder, self.files[i]))
-        fd, heads, base = open_shard(path)
+    def open(self, i) -> tuple[np.ndarray, int]:
+        path = os.path.join(self.folder, os.fsdecode(self.files[i]))
         try:
-            name = [k for k, v in heads.items() if (len(v["shape"]) == 4) == (half is not None)]
-            if len(name) != 1:
-                raise UserError(f"{path}: tensors {list(heads)}; expected one latent [2, C, h, w] and one label")
-            (begin, end), kind = heads[name[0]]["data_offsets"], DTYPES[heads[name[0]]["dtype"]]
-            z = np.frombuffer(os.pread(fd, end - begin, base + begin), kind).reshape(heads[name[0]]["shape"])
-            return int(z.reshape(-1)[0]) if half is None else z[half]
-        finally:
-            os.close(fd)
-
-    def find_labels(self, cache):
-        """All labels; the million small files are asked once, then remembered beside them where that can be written."""
-        if cache.is_file() and len(labels := np.load(cache)) == len(self.files):
-            return labels
-        with ThreadPoolExecutor(16) as pool:
-            labels = pool.map(lambda i: self.open(i, None), range(len(self.files)))
-            labels = np.array(list(tqdm(labels, "labels", len(self.files), disable=not sys.stderr.isatty())), np.int64)
-        try:
-            np.save(aside := cache.with_name(f".{os.getpid()}.npy"), labels)
-            os.replace(aside, cache)
-        except OSError:
-            pass                                                                # a folder to read only: ask next time
-        return labels
+            tensors = load_file(path)
+            (latent,), (label,) = ([v for v in tensors.values() if (v.ndim == 4) == k] for k in (True, False))
+            return latent, int(label.reshape(()))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{path}: expected a latent [2, C, h, w] and one label ({error}); remove it") from error
 
     def read(self, index, rng):
-        halves = rng.integers(2, size=(len(index), 1))
-        return np.concatenate([self.open(i, half) for i, half in zip(index, halves)]).astype(np.float32) * self.scale
+        halves = rng.integers(2, size=len(index))
+        return np.stack([self.open(i)[0][half] for i, half in zip(index, halves)]).astype(np.float32) * self.scale
 
 
 class RandomLatents:
@@ -397,6 +360,7 @@ def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", fe
     raises    UserError if there is no such folder, nothing readable in it, or it does not fit what is asked for.
     """
     folder = Path(path).expanduser()
+    kinds = (os.path.splitext(name)[1].lower() for _, _, names in os.walk(folder) for name in names)
     if path == "demo":
         data = demo()
     elif path == "random":
@@ -425,17 +389,17 @@ def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", fe
         raw = raw.reshape(-1, 3073)
         names = class_names(folder / "batches.meta.txt", 10)
         data = Pixels(path, raw[:, 1:].reshape(-1, 3, 32, 32), raw[:, 0].astype(np.int64), names, mirror=True)
-    elif first_suffix(folder) == ".safetensors":
+    elif next((k for k in kinds if k in PICTURES | {".safetensors", ".tar"}), "") == ".safetensors":
         data = LatentFiles(folder)
     else:
         data = PictureFolder(folder, shape[1] if shape else 0)
     if features and getattr(data, "features", None) is None:
-        raise UserError(f"--data {path} has no features; make a set that has with data.py encode --features NAME")
+        raise UserError(f"--data {path} has no features; add them: data.py encode --features NAME and its other flags")
     found = (*data.spec["shape"], len(data.spec["classes"]), data.spec.get("autoencoder", ""))
     want = (*(shape or (0, 0, 0)), classes, autoencoder)
     for name, asked, have in zip(("channels", "height", "width", "classes", "autoencoder"), want, found):
         if asked and asked != have:
-            raise UserError(f"--data {path} has {name} {have}, the configuration asks for {asked}; change one of the two")
+            raise UserError(f"--data {path} has {name} {have}, the configuration asks for {asked}; change either")
     return data
 
 
@@ -512,7 +476,7 @@ def load_network(library: str, flag: str, place: str, device, dtype):
         network = library.AutoModel.from_pretrained(place)
     except Exception as error:                          # the hub's and the file's errors share no type
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{flag}: {place} does not load ({reason}); give a folder or a name on the model hub") from error
+        raise UserError(f"{flag}: {place} does not load ({reason}); give a folder or hub name") from error
     return network.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -525,7 +489,7 @@ def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
 
 
 def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: int = 16):
-    """A function from network space (B, C, h, w) to uint8 pictures (B, H, W, 3), whatever kind of data the spec tells of.
+    """A function from network space (B, C, h, w) to uint8 pictures (B, H, W, C), whatever kind of data the spec names.
 
     Latents are decoded in fp32, `at_once` at a time; `autoencoder` is a place to load from instead of the spec's.
     """
@@ -563,7 +527,7 @@ def encode_pictures(vae, means: bool, x: Tensor) -> Tensor:
 
 
 def feature_maker(name: str, grid: int, device, dtype):
-    """A frozen image encoder: uint8 (B, 3, S, S) -> float16 (B, 2, grid^2, F), pictures scaled to its patch times grid."""
+    """A frozen image encoder: uint8 (B, 3, S, S), scaled to its patch times grid -> float16 (B, 2, grid^2, F)."""
     net = load_network("transformers", f"--features {name}", name, device, dtype)
     side, radio = grid * net.config.patch_size, hasattr(net.config, "norm_mean")  # RADIO normalises by itself
     mean, std = ((0, 0, 0), (1, 1, 1)) if radio else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -597,7 +561,7 @@ def write_shard(path: Path, tensors: dict, record: dict) -> float:
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
-        raise UserError(f"{path}: not written ({error}); the other shards are whole: free the disk, run again") from error
+        raise UserError(f"{path}: not written ({error}); the others are whole: free the disk, run again") from error
     return time.perf_counter() - began
 
 
@@ -617,7 +581,7 @@ def finish(out: Path) -> dict | None:
     """Write meta.json from the shards' own records, if all are there; whoever comes last does so with effect."""
     meta = json.loads((out / "plan.json").read_text())
     for kind in ("latents", "features"):
-        files = [shard_path(out, kind, k) for k in range(-(-meta["pictures"] // meta["shard"]))]
+        files = [out / f"{kind}_{k:05}.safetensors" for k in range(-(-meta["pictures"] // meta["shard"]))]
         if not all(f.is_file() for f in files):
             continue
         records = [dict(file=f.name) | json.loads(safe_open(f, "numpy").metadata()["tim"]) for f in files]
@@ -631,47 +595,41 @@ def finish(out: Path) -> dict | None:
     return meta
 
 
-def shard_path(out: Path, kind: str, k: int) -> Path:
-    return out / f"{kind}_{k:05}.safetensors"
-
-
 def captioned(images: Path, files: list) -> tuple[list, list | None]:
-    """The pictures that captions.jsonl names, and its records in their order; all and None where there is no such file."""
+    """The pictures that captions.jsonl names and its lines in their order; all and None where there is no such file."""
     source, records = images / "captions.jsonl", {}
     if not source.is_file():
         return files, None
     for number, line in enumerate(source.read_text().splitlines(), 1):
         try:
-            record = json.loads(line)
-            records[record["image_file"]] = record
+            records[json.loads(line)["image_file"]] = line
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{source}, line {number}: expected {{image_file, captions}} in JSON ({error!r})") from error
+            raise UserError(f"{source}, line {number}: expected {{image_file, captions}} ({error!r})") from error
     files = [f for f in files if f[0] in records]
     if not files:
         raise UserError(f"{source} names none of the pictures under {images}; image_file is relative to that folder")
     return files, [records[f[0]] for f in files]
 
 
-def look(file, side):
-    """A picture for the encoder, or the reason why there is none, and the CPU seconds of decoding and of resizing."""
-    began = time.thread_time()
-    try:
-        picture = decode_picture(read_bytes(file))
-        opened = time.thread_time()
-        return crop(picture, side), opened - began, time.thread_time() - opened
-    except ValueError as error:
-        return str(error), time.thread_time() - began, 0.0
-
-
 def read_ahead(files, side: int, workers: int, ahead: int):
+    """For each file the picture, or the reason why there is none, and the CPU seconds of decoding and of resizing."""
+
+    def look(file):
+        began = time.thread_time()
+        try:
+            picture = open_picture(file)
+            opened = time.thread_time()
+            return crop(picture, side), opened - began, time.thread_time() - opened
+        except ValueError as error:
+            return str(error), time.thread_time() - began, 0.0
+
     with ThreadPoolExecutor(workers) as pool:
         queue = deque()
         for file in files:
-            queue.append(pool.submit(look, file, side))
+            queue.append(pool.submit(look, file))
             if len(queue) > ahead:
                 yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
+        yield from (future.result() for future in queue)
 
 
 def plan_set(a, out, files, labels, classes, device, dtype) -> dict:
@@ -679,14 +637,14 @@ def plan_set(a, out, files, labels, classes, device, dtype) -> dict:
     vae, network = load_autoencoder(a.autoencoder, device, dtype)
     factor = getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config["block_out_channels"]) - 1)
     if a.size % factor:
-        raise UserError(f"--size {a.size}: must be a multiple of {factor}, the pixels per latent place of this autoencoder")
+        raise UserError(f"--size {a.size}: must be a multiple of {factor}, this autoencoder's pixels per place")
     makers = {"latents": partial(encode_pictures, vae, a.means)}
     probe = makers["latents"](torch.zeros(1, 3, a.size, a.size, device=device))
     shape, precision = [vae.config["latent_channels"], *probe.shape[3:]], str(dtype).removeprefix("torch.")
     listing = hashlib.sha256("\n".join(f"{f[0]} {k}" for f, k in zip(files, labels)).encode()).hexdigest()
     claim(out / "plan.json", dict(
-        kind="latents", size=a.size, **network, shape=shape, moments=probe.shape[2] == 2 * shape[0], precision=precision,
-        shard=a.shard, pictures=len(files), classes=classes, listing=listing,
+        kind="latents", size=a.size, **network, shape=shape, moments=probe.shape[2] == 2 * shape[0],
+        precision=precision, shard=a.shard, pictures=len(files), classes=classes, listing=listing,
     ))  # fmt: skip
     if a.features:
         makers["features"] = feature_maker(a.features, a.grid, device, dtype)
@@ -698,8 +656,8 @@ def encode(a) -> None:
     """Pictures to shards. Each rank takes every world-th shard, so ranks need not talk and no work is done twice."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device(a.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if a.precision == "bf16" or (bf16 and not a.precision) else torch.float32
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if a.precision == "bf16" or (fast and not a.precision) else torch.float32
     for name in ("size", "batch", "shard", "workers", "grid"):
         if getattr(a, name) < 1:
             raise UserError(f"--{name} {getattr(a, name)}: at least 1")
@@ -712,17 +670,16 @@ def encode(a) -> None:
         out.mkdir(parents=True, exist_ok=True)
         makers = plan_set(a, out, files, labels, classes, device, dtype)
         if captions:
-            write_text(out / "captions.jsonl", "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in captions))
+            write_text(out / "captions.jsonl", "\n".join(captions) + "\n")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error})") from error
 
     todo = {}                                                                   # shard: what it lacks, its pictures
     for k in range(rank, -(-len(files) // a.shard), world):
-        if lacks := [kind for kind in makers if not shard_path(out, kind, k).is_file()]:
+        if lacks := [kind for kind in makers if not (out / f"{kind}_{k:05}.safetensors").is_file()]:
             todo[k] = lacks, range(len(files))[k * a.shard : (k + 1) * a.shard]
     encode_shards(a, out, files, labels, makers, todo, device, quiet=rank > 0)
-    meta = finish(out)
-    if meta and rank == 0 or meta and todo:
+    if (meta := finish(out)) and (rank == 0 or todo):
         skipped = [line for shard in meta["shards"] for line in shard["skipped"]]
         print(f"{out}: {meta['count']:,} pictures of {len(classes)} classes, {len(skipped)} skipped")
         for name, reason in skipped[:20]:
@@ -736,8 +693,9 @@ def encode_shards(a, out, files, labels, makers, todo, device, quiet) -> None:
     wanted = [files[i] for _, span in todo.values() for i in span]
     blank = torch.zeros(1, 3, a.size, a.size, device=device)
     empty = {kind: make(blank)[:0].cpu().numpy() for kind, make in makers.items()}
-    stream, spent, began, writing = read_ahead(wanted, a.size, a.workers, 4 * a.batch), Counter(), time.perf_counter(), []
-    with ThreadPoolExecutor(1) as writer, tqdm(total=len(wanted), unit="img", disable=quiet) as bar:
+    stream = read_ahead(wanted, a.size, a.workers, ahead=4 * a.batch)
+    spent, writing, began, often = Counter(), [], time.perf_counter(), 0.1 if sys.stderr.isatty() else 30
+    with ThreadPoolExecutor(1) as writer, tqdm(total=len(wanted), unit="img", disable=quiet, mininterval=often) as bar:
         for k, (lacks, span) in todo.items():
             parts, kept, skipped = {kind: [empty[kind]] for kind in lacks}, [], []
             for first in range(0, len(span), a.batch):
@@ -759,9 +717,9 @@ def encode_shards(a, out, files, labels, makers, todo, device, quiet) -> None:
                 bar.update(len(batch))
             spent["write"] += sum(future.result() for future in writing)
             record = dict(count=len(kept), skipped=skipped)
-            own = dict(labels=labels[kept].astype(np.int64), index=np.array(kept, np.int64))
+            own = dict(labels=labels[kept].astype(np.int64))
             writing = [
-                writer.submit(write_shard, shard_path(out, kind, k), {kind: np.concatenate(z), **own}, record)
+                writer.submit(write_shard, out / f"{kind}_{k:05}.safetensors", {kind: np.concatenate(z), **own}, record)
                 for kind, z in parts.items()
             ]
         spent["write"] += sum(future.result() for future in writing)
@@ -776,30 +734,28 @@ def encode_shards(a, out, files, labels, makers, todo, device, quiet) -> None:
 # inspect
 
 
-def verify(folder: Path) -> int:
-    """Hold every shard against its checksum in meta.json; returns how many. raises UserError for the first that differs."""
-    meta = json.loads((folder / "meta.json").read_text())
-    shards = meta["shards"] + meta.get("features", {}).get("shards", [])
-    for shard in tqdm(shards, "checksums", disable=not sys.stderr.isatty()):
-        if digest(load_file(folder / shard["file"])) != shard["sha256"]:
-            raise UserError(f"{folder / shard['file']}: wrong checksum; delete it and run the same data.py encode again")
-    return len(shards)
-
-
 def inspect(a) -> None:
     """What a set is, whether it is whole, and how it looks."""
     data = open_data(a.set)
-    count, spec = np.bincount(data.labels), data.spec
+    spec = data.spec
+    count = np.bincount(data.labels, minlength=len(spec["classes"]))
     print(f"{a.set}: {len(data.labels):,} x {spec['shape']}, {spec['kind']} {spec.get('autoencoder', '')}")
     if spec["classes"]:
-        print(f"{len(spec['classes'])} classes of {count.min():,} to {count.max():,}: {', '.join(spec['classes'][:10])} ...")
+        names = ", ".join(spec["classes"][:10])
+        print(f"{len(spec['classes'])} classes of {count.min():,} to {count.max():,}: {names} ...")
     some = np.linspace(0, len(data.labels) - 1, min(2048, len(data.labels)), dtype=np.int64)
     x = data.read(some, np.random.default_rng(0))
     print("channel mean deviation, of network space (it wants 0 and 1)")
     for c in range(x.shape[1]):
         print(f"{c:7} {x[:, c].mean():8.3f} {x[:, c].std():8.3f}")
     if isinstance(data, Latents):
-        print(f"{verify(Path(a.set).expanduser())} checksums are right")
+        folder = Path(a.set).expanduser()
+        meta = json.loads((folder / "meta.json").read_text())
+        shards = meta["shards"] + meta.get("features", {}).get("shards", [])
+        for shard in tqdm(shards, "checksums", disable=None):
+            if digest(load_file(folder / shard["file"])) != shard["sha256"]:
+                raise UserError(f"{folder / shard['file']}: wrong checksum; delete it and encode again")
+        print(f"{len(shards)} checksums are right")
     try:
         decode = decoder(spec, a.device, a.autoencoder)
     except UserError as error:
@@ -810,36 +766,33 @@ def inspect(a) -> None:
     print(f"contact sheet: {a.sheet}")
 
 
-def parse_arguments(argv=None):
+def main(argv=None):
     style = dict(allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser = argparse.ArgumentParser(description=__doc__, **style)
     verbs = parser.add_subparsers(required=True)
-    p = verbs.add_parser("encode", description="Pictures to a set of latents; run again to go on. Also under torchrun.", **style)
+    p = verbs.add_parser("encode", description="Pictures to latents; again = go on; also under torchrun.", **style)
     p.set_defaults(run=encode)
-    p.add_argument("--images", required=True, help="folder or tar: pictures in class folders or tars, or with captions.jsonl")
+    p.add_argument("--images", required=True, help="folder or tar: class folders or tars, or with captions.jsonl")
     p.add_argument("--out", required=True, help="folder of the set")
-    p.add_argument("--autoencoder", default="sd-vae", help=f"{', '.join(AUTOENCODERS)}, or a folder or hub name (default sd-vae)")
-    p.add_argument("--size", type=int, default=256, help="pixels per side after the centre crop (default 256)")
-    p.add_argument("--means", action="store_true", help="keep only the posterior's mean, half the disk (default: mean and deviation)")
-    p.add_argument("--features", help="also keep features of a frozen image encoder (DINOv2, RADIO): folder or hub name")
-    p.add_argument("--grid", type=int, default=16, help="feature tokens per side (default 16)")
-    p.add_argument("--batch", type=int, default=64, help="pictures per pass of the network (default 64)")
-    p.add_argument("--shard", type=int, default=1024, help="pictures per file (default 1024)")
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    p.add_argument("--workers", type=int, default=max(1, cores), help="decoding threads per rank (default: its share of cores)")
+    p.add_argument("--autoencoder", default="sd-vae", help="sd-vae, dc-ae, a folder or a hub name (default sd-vae)")
+    p.add_argument("--means", action="store_true", help="keep the posterior's mean only (default: and its deviation)")
+    p.add_argument("--features", help="keep features of a frozen image encoder too: DINOv2 or RADIO, folder or hub name")
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    for name, default, text in (
+        ("size", 256, "pixels per side, after the centre crop"), ("batch", 64, "pictures per pass of the network"),
+        ("shard", 1024, "pictures per file"), ("grid", 16, "feature tokens per side"),
+        ("workers", cores, "threads that decode pictures, per rank"),
+    ):  # fmt: skip
+        p.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     p.add_argument("--device", help="default: this rank's cuda device, else cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="of the networks (default: bf16 where the GPU has it)")
     p = verbs.add_parser("inspect", description="What a set is, whether it is whole, and how it looks.", **style)
     p.set_defaults(run=inspect)
     p.add_argument("set", help="folder of a set, or demo")
     p.add_argument("--autoencoder", help="for the contact sheet (default: the one the set was made with)")
-    p.add_argument("--sheet", default="samples_contact.png", help="where the contact sheet goes (default samples_contact.png)")
+    p.add_argument("--sheet", default="samples_contact.png", help="its contact sheet (default samples_contact.png)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    a = parse_arguments(argv)
+    a = parser.parse_args(argv)
     a.run(a)
 
 
