@@ -256,6 +256,8 @@ class Latents:
             raise UserError(f"{folder}: label {self.labels.max()} beyond the {len(self.spec['classes'])} classes")
         if features and "features" in meta:
             self.features = Rows([folder / shard["file"] for shard in meta["features"]["shards"]], "features")
+            if (self.features.ends != self.latents.ends).any():
+                raise UserError(f"{folder}: features of other pictures; delete features_* and encode again")
 
     def read(self, index, rng):
         half = rng.integers(2, size=len(index))
@@ -776,7 +778,7 @@ def main(argv=None):
     p.add_argument("--out", required=True, help="folder of the set")
     p.add_argument("--autoencoder", default="sd-vae", help="sd-vae, dc-ae, a folder or a hub name (default sd-vae)")
     p.add_argument("--means", action="store_true", help="keep the posterior's mean only (default: and its deviation)")
-    p.add_argument("--features", help="keep features of a frozen image encoder too: DINOv2 or RADIO, folder or hub name")
+    p.add_argument("--features", help="keep features of an image encoder too: DINOv2 or RADIO, folder or hub name")
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     for name, default, text in (
         ("size", 256, "pixels per side, after the centre crop"), ("batch", 64, "pictures per pass of the network"),
