@@ -19,7 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 import data
 import sample
+import train
 from data import UserError
+from model import SIZES, TiM
+from transition import TRANSPORTS
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -305,6 +308,30 @@ def test_features_are_added_and_follow_their_latents(place, moments, tmp_path):
         encode(place, out, "--features", place / "dino", "--grid", 4)
 
 
+def test_alignment_loss_is_one_minus_the_cosine():
+    """It moves the projector, costs nothing when it is off, and vanishes where the tokens are the features."""
+    torch.manual_seed(0)
+    model = TiM(4, 2, **SIZES["demo"], classes=3, projector=[2, 32, 16])
+    x, y, features = torch.randn(4, 4, 8, 8), torch.arange(4) % 3, torch.randn(4, 16, 16)
+    args = model, model, TRANSPORTS["tim"]
+
+    def loss(align, features=None):
+        return train.objective(*args, train.Config(align=align, align_depth=2), 0.005, x, y, data.rng(0), features)[0]
+
+    off, one, two = loss(0.0), loss(1.0, features), loss(2.0, features)
+    torch.testing.assert_close(two - one, one - off)
+    assert 0 < float((one - off).detach()) < 2
+    one.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.projector.parameters())
+    seen = []
+    model.projector.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    loss(1.0, features)
+    assert len(seen) == 1                                                       # in the pass with gradients alone
+    torch.testing.assert_close(loss(1.0, 3 * seen[0]), off)
+    loss(0.0)
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("stored_scale", [1.0, 0.18215])
 def test_authors_layout(tmp_path, stored_scale):
     z = np.random.default_rng(0).normal(size=(6, 2, 4, 8, 8)).astype(np.float32) / 0.18215
@@ -380,14 +407,18 @@ def test_reader_of_a_million_is_small_and_quick(tmp_path, count, halves):
 @pytest.mark.slow
 @pytest.mark.parametrize("autoencoder", ["kl", "dc"])
 def test_encode_inspect_train_sample_decode(place, tmp_path, autoencoder, capsys):
-    out = encode(place, tmp_path / "set", autoencoder=autoencoder)
+    aligned = autoencoder == "kl"                                               # one of the two with the alignment loss
+    out = encode(place, tmp_path / "set", *(["--features", place / "dino", "--grid", 8] if aligned else []),
+                 autoencoder=autoencoder)  # fmt: skip
     data.main(["inspect", str(out), "--sheet", str(tmp_path / "sheet.png")])
     shown = capsys.readouterr().out
     assert "40 x" in shown and "checksums are right" in shown and Image.open(tmp_path / "sheet.png").size > (200, 100)
     command = [sys.executable, "train.py", "--data", out, "--steps", "50", "--batch", "16", "--runs", tmp_path / "runs"]
+    command += ["--align", "0.5", "--align_depth", "2"] if aligned else []
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert not run.returncode, run.stderr
     model, row, config = sample.load(tmp_path / "runs/demo")
+    assert hasattr(model, "projector") == aligned
     z = sample.initial_noise(config["data"]["shape"], 0, range(3))
     x = sample.generate(model, row, z, torch.tensor([0, 1, 2]), 2)
     pixels = data.decoder(config["data"])(x)
