@@ -1,27 +1,46 @@
-"""Pictures to batches: the demo set, idx and CIFAR-10 files, folders; and network space back to pictures.
+"""Pictures to latents to batches, and network space back to pictures.
+
+    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out latents    # again = go on where it stopped
+    python data.py inspect latents                                  # counts, statistics, checksums, a contact sheet
 
 A data set has `spec`, what a checkpoint must remember of it, `labels` (n,) int64 and `read(index, rng)`, which gives
-float32 pictures in network space (mean 0, deviation about 1). `batches` turns one into an endless stream that is a
-function of (seed, step, slot) alone. Reading is numpy's: torch in the reading threads would start a second team of
-OpenMP threads each, which slowed training on two cores by 1.7.
+float32 pictures or latents in network space (mean 0, deviation about 1). `batches` turns one into an endless stream
+that is a function of (seed, step, slot) alone. Reading is numpy's: torch in the reading threads would start a second
+team of OpenMP threads each, which slowed training on two cores by 1.7.
 """
 
+import argparse
 import gzip
+import hashlib
+import importlib
+import io
 import json
+import os
+import resource
 import sys
-from collections import deque
+import tarfile
+import time
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import count
+from functools import lru_cache, partial
+from itertools import count, islice, zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 DEMO = Path(__file__).parent / "demo"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+AUTOENCODERS = {  # name: place on the model hub, latent channels, scale of network space
+    "sd-vae": ("stabilityai/sd-vae-ft-ema", 4, 0.18215),
+    "dc-ae": ("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", 32, 0.41407),
+}
 
 
 class UserError(Exception):
@@ -41,6 +60,145 @@ def rng(*key: int, device="cpu") -> torch.Generator:
     """A generator that is a function of the key alone, such as (seed, step, slot) or (seed, image index)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures on disk
+
+
+def in_tar(stream, file: str, base: int, folder: str):
+    """Pictures in a tar and the tars within, as (name, file, offset, bytes); nothing is unpacked."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                name, ending = os.path.splitext(folder + member.name.removeprefix("./"))
+                if ending.lower() == ".tar":
+                    yield from in_tar(tar.extractfile(member), file, base + member.offset_data, name + "/")
+                elif ending.lower() in PICTURES:
+                    yield name + ending, file, base + member.offset_data, member.size
+    except tarfile.TarError as error:
+        raise UserError(f"{file}: not a whole, uncompressed tar ({error}); fetch it again or unpack it") from error
+
+
+def list_pictures(root) -> list[tuple[str, str, int, int]]:
+    """Every picture under a folder or in a tar as (name, file, offset, bytes), sorted by name.
+
+    A tar stands for a folder of its name, so a tar of one tar per class (ImageNet's) lists like its unpacked tree.
+    """
+    root, found = Path(root), []
+    for folder, _, names in [(root.parent, [], [root.name])] if root.is_file() else os.walk(root, followlinks=True):
+        for name in names:
+            path, ending = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+            inside = "" if root.is_file() else os.path.relpath(path, root)
+            if ending == ".tar":
+                with open(path, "rb") as stream:
+                    found += in_tar(stream, path, 0, inside and inside[:-4] + "/")
+            elif ending in PICTURES and not name.startswith("."):
+                found.append((inside, path, 0, -1))
+    if not found:
+        raise UserError(f"{root}: no pictures; expected a folder or tar of them per class, or captions.jsonl with them")
+    return sorted(found)
+
+
+def label_pictures(root, names: list[str]) -> tuple[list[str], np.ndarray]:
+    """Sorted class names and each picture's label: the first folder that not all share; one class if there is none."""
+    parts, depth = [n.split("/") for n in names], 0
+    while all(len(p) > depth + 2 and p[depth] == parts[0][depth] for p in parts):
+        depth += 1
+    beside = [n for n, p in zip(names, parts) if len(p) == depth + 1]
+    if beside and len(beside) < len(names):
+        raise UserError(f"{root}: {beside[0]} lies beside the class folders; move it into one, or away")
+    of = [Path(root).stem if beside else p[depth] for p in parts]
+    classes = sorted(set(of))
+    number = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([number[name] for name in of])
+
+
+def open_picture(entry) -> Image.Image:
+    """The picture as RGB. raises ValueError for a broken one, and UserError for a disk that fails: a set must not
+    shrink because a mount went away."""
+    name, file, offset, size = entry
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            raw = stream.read(size)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error}); see to the disk, then run again") from error
+    try:
+        with Image.open(io.BytesIO(raw)) as picture:
+            return picture.convert("RGB")
+    except Exception as error:                          # decoders raise anything from SyntaxError to OverflowError
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def crop(picture: Image.Image, side: int) -> np.ndarray:
+    """uint8 (3, side, side): halved while that is possible, scaled to `side` on the shorter edge, the centre cut out.
+
+    As in ADM (Dhariwal and Nichol 2021), whose statistics and latents others compare with.
+    """
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.BOX)
+    scale = side / min(picture.size)
+    w, h = (round(s * scale) for s in picture.size)
+    picture = picture.resize((w, h), Image.BICUBIC)
+    left, top = (w - side) // 2, (h - side) // 2
+    return np.asarray(picture.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards on disk
+
+NORMAL = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().numpy()  # its quantiles
+
+
+def open_shard(path) -> tuple[int, dict, int]:
+    """A safetensors file as (descriptor, header, where its data begin). raises UserError if missing or cut short."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+        length = int.from_bytes(os.pread(fd, 8, 0), "little")
+        head = json.loads(os.pread(fd, min(length, 10**8), 8))
+        want = 8 + length + max(v["data_offsets"][1] for k, v in head.items() if k != "__metadata__")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no safetensors file that opens ({error}); delete it and encode it again") from error
+    if want != (have := os.fstat(fd).st_size):
+        raise UserError(f"{path}: has {have} bytes, its header says {want}; delete it and encode it again")
+    return fd, head, 8 + length
+
+
+class Rows:
+    """One tensor that runs on over many shards, read row by row at its place.
+
+    Positioned reads rather than a memory map: they come from the same page cache, but mapped pages would count as
+    memory of each process, and a page fault stops every thread of the interpreter where a read lets them run.
+    """
+
+    def __init__(self, files, name):
+        low, high = resource.getrlimit(resource.RLIMIT_NOFILE)                  # a descriptor per shard
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(low, min(high, 2**16)), high))
+        self.files, (self.fds, heads, bases) = files, zip(*map(open_shard, files))
+        self.shape = heads[0][name]["shape"][1:]
+        self.ends = np.cumsum([head[name]["shape"][0] for head in heads])
+        begins = np.concatenate([[0], self.ends[:-1]])
+        places = [base + head[name]["data_offsets"][0] for base, head in zip(bases, heads)]
+        self.zeros = np.array(places) - begins * 2 * np.prod(self.shape)        # where row 0 would be; float16
+
+    def read(self, index, half) -> np.ndarray:
+        """Half `half[i]` (0 or 1: picture or mirror image) of row `index[i]`, for all i: (B, ...) float16."""
+        out = np.empty((len(index), *self.shape[1:]), np.float16)
+        shard = np.searchsorted(self.ends, index, side="right")
+        place = self.zeros[shard] + (index * 2 + half) * out[0].nbytes
+        for row, s, offset in zip(out, shard.tolist(), place.tolist()):
+            if os.preadv(self.fds[s], [row], offset) != row.nbytes:
+                raise UserError(f"{self.files[s]}: was cut short while it was read; encode it again")
+        return out
+
+
+def digest(tensors: dict) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        sha.update(np.ascontiguousarray(tensors[name]).view(np.uint8))
+    return sha.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,21 +222,87 @@ class Pixels:
 
 
 class PictureFolder:
-    """One folder per class, pictures of any format and size in it (ImageNet's layout), read when asked for."""
+    """One folder or tar per class, pictures of any format and size in it (ImageNet's layout), read when asked for."""
 
     def __init__(self, path, side):
-        classes = sorted(p.name for p in path.iterdir() if p.is_dir())
-        files = [(f, k) for k, c in enumerate(classes) for f in sorted((path / c).rglob("*")) if f.suffix.lower() in PICTURES]
-        if not files:
-            raise UserError(f"{path}: no pictures; expected idx files, data_batch_*.bin, or one folder per class with pictures")
-        self.files, self.side = [f for f, _ in files], side or 64
-        self.labels = np.array([k for _, k in files])
-        some = self.files[:: max(1, len(files) // 256)][:256]
-        self.spec = pixel_spec(np.stack([read_picture(f, self.side) for f in some]), classes)
+        self.files = list_pictures(path)
+        classes, self.labels = label_pictures(path, [f[0] for f in self.files])
+        self.side = side or 64
+        some = self.files[:: max(1, len(self.files) // 256)][:256]
+        self.spec = pixel_spec(np.stack([self.picture(f) for f in some]), classes)
+
+    def picture(self, file):
+        try:
+            return crop(open_picture(file), self.side)
+        except ValueError as error:
+            raise UserError(f"{file[1]}: {file[0]} is no picture that opens ({error}); remove it or mend it") from error
 
     def read(self, index, rng):
-        x = normalise(self.spec, np.stack([read_picture(self.files[i], self.side) for i in index]))
-        return flip(x, rng)
+        return flip(normalise(self.spec, np.stack([self.picture(self.files[i]) for i in index])), rng)
+
+
+class Latents:
+    """A set that `encode` wrote: picture or mirror image by chance, a draw from the posterior where it was kept."""
+
+    def __init__(self, folder, features=False):
+        meta = json.loads((folder / "meta.json").read_text())
+        self.spec = {k: meta[k] for k in ("kind", "autoencoder", "scale", "shift", "shape", "classes")}
+        files = [folder / shard["file"] for shard in meta["shards"]]
+        self.latents, self.moments, self.features = Rows(files, "latents"), meta["moments"], None
+        self.labels = np.concatenate([safe_open(f, "numpy").get_tensor("labels") for f in files])
+        if not len(self.labels) == self.latents.ends[-1] == meta["count"]:
+            raise UserError(f"{folder}: {len(self.labels)} labels, meta.json counts {meta['count']}; encode it again")
+        if self.spec["classes"] and self.labels.max() >= len(self.spec["classes"]):
+            raise UserError(f"{folder}: label {self.labels.max()} beyond the {len(self.spec['classes'])} classes")
+        if features and "features" in meta:
+            self.features = Rows([folder / shard["file"] for shard in meta["features"]["shards"]], "features")
+            if (self.features.ends != self.latents.ends).any():
+                raise UserError(f"{folder}: features of other pictures; delete features_* and encode again")
+
+    def read(self, index, rng):
+        half = rng.integers(2, size=len(index))
+        x = np.empty((len(index), *self.spec["shape"]), np.float32)
+        for part in (slice(k, k + 16) for k in range(0, len(x), 16)):           # small arrays stay in the cache
+            z = self.latents.read(index[part], half[part]).astype(np.float32)   # (16, C or 2 C, h, w)
+            if self.moments:                            # normals of 16 bits, as fine as what is stored, and quick
+                z, std = np.split(z, 2, axis=1)
+                bits = rng.integers(2**64, size=-(-z.size // 4), dtype=np.uint64).view(np.uint16)
+                z = z + std * NORMAL.take(bits[: z.size]).reshape(z.shape)
+            x[part] = (z - np.float32(self.spec["shift"])) * np.float32(self.spec["scale"])
+        return (x, self.features.read(index, half).astype(np.float32)) if self.features else x
+
+
+class LatentFiles:
+    """The authors' layout: a safetensors file per picture with its latent [2, C, h, w] (picture, mirror) and label."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+        found = (os.path.join(p, n) for p, _, names in os.walk(folder) for n in names if n.endswith(".safetensors"))
+        self.files = np.array(sorted(os.fsencode(os.path.relpath(f, folder)) for f in found))  # packed: a million fit
+        some = np.stack([self.open(i)[0] for i in range(0, len(self.files), max(1, len(self.files) // 256))])
+        known = {channels: (name, scale) for name, (_, channels, scale) in AUTOENCODERS.items()}
+        if some.shape[2] not in known:
+            raise UserError(f"{folder}: {some.shape[2]} channels; a file per picture is read for {list(known)}")
+        name, scale = known[some.shape[2]]
+        self.scale = np.float32(1 if some.std() < scale**-0.5 else scale)       # were they stored scaled?
+        with ThreadPoolExecutor(16) as pool:
+            labels = pool.map(lambda i: self.open(i)[1], range(len(self.files)))
+            self.labels = np.array(list(tqdm(labels, "labels", len(self.files), disable=None)))
+        self.spec = dict(kind="latents", autoencoder=name, scale=scale, shift=0.0, shape=list(some.shape[2:]))
+        self.spec["classes"] = [str(i) for i in range(self.labels.max() + 1)]
+
+    def open(self, i) -> tuple[np.ndarray, int]:
+        path = os.path.join(self.folder, os.fsdecode(self.files[i]))
+        try:
+            tensors = load_file(path)
+            (latent,), (label,) = ([v for v in tensors.values() if (v.ndim == 4) == k] for k in (True, False))
+            return latent, int(label.reshape(()))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"{path}: expected a latent [2, C, h, w] and one label ({error}); remove it") from error
+
+    def read(self, index, rng):
+        halves = rng.integers(2, size=len(index))
+        return np.stack([self.open(i)[0][half] for i, half in zip(index, halves)]).astype(np.float32) * self.scale
 
 
 class RandomLatents:
@@ -90,20 +314,6 @@ class RandomLatents:
 
     def read(self, index, rng):
         return rng.standard_normal((len(index), *self.spec["shape"]), np.float32)
-
-
-def read_picture(path, side: int) -> np.ndarray:
-    """A picture file as uint8 (3, side, side): shorter side scaled to `side`, centre cropped."""
-    try:
-        with Image.open(path) as picture:
-            picture = picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a picture that can be opened ({error}); remove it or mend it") from error
-    scale = side / min(picture.size)
-    w, h = (max(side, round(s * scale)) for s in picture.size)
-    left, top = (w - side) // 2, (h - side) // 2
-    picture = picture.resize((w, h), Image.LANCZOS).crop((left, top, left + side, top + side))
-    return np.asarray(picture).transpose(2, 0, 1)
 
 
 def pixel_spec(sample: np.ndarray, classes) -> dict:
@@ -141,30 +351,39 @@ def demo() -> Pixels:
     return Pixels("demo", pixels, np.array(list(map(int, info["labels"]))), info["classes"], mirror=False)
 
 
-def open_data(path: str, shape=None, classes: int = 0):
+def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", features: bool = False):
     """A data set by its place.
 
-    path     "demo"; "random" (noise of `shape`, for speed); or a folder with idx files (train-images-idx3-ubyte[.gz]),
-             CIFAR-10's binary files (data_batch_1.bin ...), or one folder of pictures per class.
-    shape    (C, H, W) of the network, 0 or None where the data decide; classes likewise.
-    raises   UserError if there is no such folder, nothing readable in it, or it does not fit shape and classes.
+    path      "demo"; "random" (noise of `shape`, for speed); or a folder: latents that `encode` wrote, a safetensors
+              file per picture, idx files (train-images-idx3-ubyte[.gz]), CIFAR-10's binary files (data_batch_1.bin
+              ...), or one folder (or tar) of pictures per class.
+    shape     (C, H, W) of the network, 0 or None where the data decide; classes and autoencoder likewise.
+    features  read() then gives (x, features (B, T, F) float32), and `batches` (x, y, features).
+    raises    UserError if there is no such folder, nothing readable in it, or it does not fit what is asked for.
     """
     folder = Path(path).expanduser()
+    kinds = (os.path.splitext(name)[1].lower() for _, _, names in os.walk(folder) for name in names)
     if path == "demo":
         data = demo()
     elif path == "random":
         if not (shape and all(shape) and classes):
-            raise UserError(f"--data random with shape {shape} and {classes} classes: give --channels, --side, --classes")
+            raise UserError(f"--data random with shape {shape}, {classes} classes: give --channels, --side, --classes")
         data = RandomLatents(shape, classes)
     elif not folder.is_dir():
         raise UserError(f"--data {path}: no such folder; give a folder, 'demo' or 'random'")
+    elif (folder / "meta.json").is_file():
+        data = Latents(folder, features)
+    elif (folder / "plan.json").is_file():
+        done = len(list(folder.glob("latents_*.safetensors")))
+        raise UserError(f"--data {path}: encoding stopped after {done} shards; run the same data.py encode again")
     elif idx := sorted(folder.glob("train-images*-ubyte*")):
         labels = sorted(folder.glob("train-labels*-ubyte*"))
         if not labels:
             raise UserError(f"{folder}: {idx[0].name} has no train-labels-idx1-ubyte beside it")
         pixels, labels = read_idx(idx[0])[:, None], read_idx(labels[0])
         names = json.loads((DEMO / "fashion.json").read_text())["classes"] if len(pixels) == 60000 else None
-        data = Pixels(path, pixels, labels, names or class_names(folder / "classes.txt", int(labels.max()) + 1), mirror=False)
+        names = names or class_names(folder / "classes.txt", int(labels.max()) + 1)
+        data = Pixels(path, pixels, labels, names, mirror=False)
     elif batches := sorted(folder.glob("data_batch_*.bin")):
         raw = np.concatenate([np.fromfile(b, np.uint8) for b in batches])
         if len(raw) % 3073:
@@ -172,12 +391,17 @@ def open_data(path: str, shape=None, classes: int = 0):
         raw = raw.reshape(-1, 3073)
         names = class_names(folder / "batches.meta.txt", 10)
         data = Pixels(path, raw[:, 1:].reshape(-1, 3, 32, 32), raw[:, 0].astype(np.int64), names, mirror=True)
+    elif next((k for k in kinds if k in PICTURES | {".safetensors", ".tar"}), "") == ".safetensors":
+        data = LatentFiles(folder)
     else:
         data = PictureFolder(folder, shape[1] if shape else 0)
-    found = (*data.spec["shape"], len(data.spec["classes"]))
-    for name, want, have in zip(("channels", "height", "width", "classes"), (*(shape or (0, 0, 0)), classes), found):
-        if want and want != have:
-            raise UserError(f"--data {path} has {name} {have}, the configuration asks for {want}; change one of the two")
+    if features and getattr(data, "features", None) is None:
+        raise UserError(f"--data {path} has no features; add them: data.py encode --features NAME and its other flags")
+    found = (*data.spec["shape"], len(data.spec["classes"]), data.spec.get("autoencoder", ""))
+    want = (*(shape or (0, 0, 0)), classes, autoencoder)
+    for name, asked, have in zip(("channels", "height", "width", "classes", "autoencoder"), want, found):
+        if asked and asked != have:
+            raise UserError(f"--data {path} has {name} {have}, the configuration asks for {asked}; change either")
     return data
 
 
@@ -197,7 +421,7 @@ def positions(n: int, batch: int, seed: int, step: int, slot: int, slots: int) -
 
 
 def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 0, ahead: int = 4):
-    """Endless (x (batch, C, H, W) float32, y (batch,) int64), one per slot and step, from `step` on.
+    """Endless (x (batch, C, H, W) float32, y (batch,) int64[, features]), one per slot and step, from `step` on.
 
     A slot is one process's micro-batch in one step; `of` is how many there are over all processes. Reads ahead in
     threads; the stream is the same for any number of them, and any step can be gone to at no cost.
@@ -206,7 +430,8 @@ def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 
     def make(k):
         s, slot = step + k // len(slots), slots[k % len(slots)]
         index = positions(len(data.labels), batch, seed, s, slot, of)
-        return data.read(index, np.random.default_rng((seed, s, slot))), data.labels[index]
+        x = data.read(index, np.random.default_rng((seed, s, slot)))
+        return (x[0], data.labels[index], *x[1:]) if isinstance(x, tuple) else (x, data.labels[index])
 
     with ThreadPoolExecutor(ahead) as pool:
         queue = deque(pool.submit(make, k) for k in range(ahead))
@@ -220,8 +445,8 @@ def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 
 
 
 def to_pixels(spec: dict, x: Tensor) -> np.ndarray:
-    """Network space (B, C, H, W) back to uint8 pictures (B, H, W, C)."""
-    if spec["kind"] == "random":                                                # noise was learnt, so show it as it is
+    """Network space (B, C, H, W) back to uint8 pictures (B, H, W, C); of latents a glance at the first channels."""
+    if spec["kind"] != "pixels":
         x = x[:, :3] * 40 + 128
     else:
         x = x * spec["std"] + spec["mean"]
@@ -239,3 +464,339 @@ def grid(rows: np.ndarray, gap: int = 2, scale: int = 1) -> Image.Image:
     sheet[:, :h, :, :w] = rows.transpose(0, 2, 1, 3, 4)
     sheet = sheet.reshape(r * (h + gap), c * (w + gap), k)[:-gap, :-gap]
     return to_image(sheet.repeat(scale, 0).repeat(scale, 1))
+
+
+def load_network(library: str, flag: str, place: str, device, dtype):
+    """A pretrained network of diffusers or transformers, frozen."""
+    try:
+        library = importlib.import_module(library)
+    except ImportError as error:
+        raise UserError(f"{flag} needs {library} ({error}); pip install {library}") from error
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    try:
+        network = library.AutoModel.from_pretrained(place)
+    except Exception as error:                          # the hub's and the file's errors share no type
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{flag}: {place} does not load ({reason}); give a folder or hub name") from error
+    return network.to(device, dtype).eval().requires_grad_(False)
+
+
+def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
+    """An autoencoder and its part of a spec: latents z of it are (z - shift) * scale in network space."""
+    place, _, scale = AUTOENCODERS.get(name, (os.path.abspath(name) if os.path.isdir(name) else name, 0, 0))
+    vae = load_network("diffusers", f"--autoencoder {name}", place, device, dtype)
+    scale, shift = scale or vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
+    return vae, dict(autoencoder=name if name in AUTOENCODERS else place, scale=scale, shift=shift)
+
+
+def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: int = 16):
+    """A function from network space (B, C, h, w) to uint8 pictures (B, H, W, C), whatever kind of data the spec names.
+
+    Latents are decoded in fp32, `at_once` at a time; `autoencoder` is a place to load from instead of the spec's.
+    """
+    if spec["kind"] != "latents":
+        return lambda z: to_pixels(spec, z)
+    vae, _ = load_autoencoder(autoencoder or spec["autoencoder"], device)
+    if vae.config["latent_channels"] != spec["shape"][0]:
+        raise UserError(f"--autoencoder {autoencoder} has {vae.config['latent_channels']} channels, the latents have "
+                        f"{spec['shape'][0]}; they were made with {spec['autoencoder']}")  # fmt: skip
+    as_pixels = dict(kind="pixels", mean=127.5, std=127.5)
+
+    @torch.no_grad()
+    def decode(z):
+        z = z.to(device, torch.float32) / spec["scale"] + spec["shift"]
+        return np.concatenate([to_pixels(as_pixels, vae.decode(part).sample) for part in z.split(at_once)])
+
+    return decode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encode
+
+
+@torch.no_grad()
+def encode_pictures(vae, means: bool, x: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S) -> float16 (B, 2, C or 2 C, h, w), unscaled: picture and mirror image, mean and deviation."""
+    x = (x.float() / 127.5 - 1).to(vae.dtype)
+    out = vae.encode(torch.cat([x, x.flip(3)]))
+    if "latent" in out:
+        z = out.latent                                                          # DC-AE has no posterior
+    else:
+        p = out.latent_dist
+        z = p.mean if means else torch.cat([p.mean, (p.logvar.float() / 2).exp()], 1)
+    return z.half().unflatten(0, (2, -1)).transpose(0, 1)
+
+
+def feature_maker(name: str, grid: int, device, dtype):
+    """A frozen image encoder: uint8 (B, 3, S, S), scaled to its patch times grid -> float16 (B, 2, grid^2, F)."""
+    net = load_network("transformers", f"--features {name}", name, device, dtype)
+    side, radio = grid * net.config.patch_size, hasattr(net.config, "norm_mean")  # RADIO normalises by itself
+    mean, std = ((0, 0, 0), (1, 1, 1)) if radio else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
+
+    @torch.no_grad()
+    def features(x):
+        x = F.interpolate(x.float() / 255, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        x = ((x - mean) / std).to(dtype)
+        out = net(torch.cat([x, x.flip(3)]))
+        tokens = out["features"] if "features" in out else out.last_hidden_state
+        return tokens[:, -grid * grid :].half().unflatten(0, (2, -1)).transpose(0, 1)  # without class and registers
+
+    return features
+
+
+def write_text(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def write_shard(path: Path, tensors: dict, record: dict) -> float:
+    """A shard is complete or it is not there. Returns the seconds it took."""
+    began, aside = time.perf_counter(), path.with_suffix(".tmp")
+    try:
+        save_file(tensors, aside, metadata={"tim": json.dumps(record | dict(sha256=digest(tensors)))})
+        with open(aside, "rb+") as written:
+            os.fsync(written.fileno())
+        aside.chmod(0o644)                              # safetensors makes files that only their owner can read
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{path}: not written ({error}); the others are whole: free the disk, run again") from error
+    return time.perf_counter() - began
+
+
+def claim(file: Path, plan: dict) -> None:
+    """Say what a set is made of before its first shard; refuse to go on with one made of something else."""
+    if not file.is_file():
+        write_text(file, json.dumps(plan, indent=1))
+    old = json.loads(file.read_text())
+    for key, now in plan.items():
+        if (was := old.get(key)) != now:
+            if isinstance(was, list):
+                was, now = next((w, n) for w, n in zip_longest(was, now) if w != n)
+            raise UserError(f"{file.parent} was begun with {key} {was}, not {now}; give that, or another --out")
+
+
+def finish(out: Path) -> dict | None:
+    """Write meta.json from the shards' own records, if all are there; whoever comes last does so with effect."""
+    meta = json.loads((out / "plan.json").read_text())
+    for kind in ("latents", "features"):
+        files = [out / f"{kind}_{k:05}.safetensors" for k in range(-(-meta["pictures"] // meta["shard"]))]
+        if not all(f.is_file() for f in files):
+            continue
+        records = [dict(file=f.name) | json.loads(safe_open(f, "numpy").metadata()["tim"]) for f in files]
+        if kind == "features":
+            meta["features"] = json.loads((out / "features.json").read_text()) | dict(shards=records)
+        else:
+            meta |= dict(count=sum(r["count"] for r in records), shards=records)
+    if "count" not in meta:
+        return None
+    write_text(out / "meta.json", json.dumps(meta, indent=1))
+    return meta
+
+
+def captioned(images: Path, files: list) -> tuple[list, list | None]:
+    """The pictures that captions.jsonl names and its lines in their order; all and None where there is no such file."""
+    source, records = images / "captions.jsonl", {}
+    if not source.is_file():
+        return files, None
+    for number, line in enumerate(source.read_text().splitlines(), 1):
+        try:
+            records[json.loads(line)["image_file"]] = line
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{source}, line {number}: expected {{image_file, captions}} ({error!r})") from error
+    files = [f for f in files if f[0] in records]
+    if not files:
+        raise UserError(f"{source} names none of the pictures under {images}; image_file is relative to that folder")
+    return files, [records[f[0]] for f in files]
+
+
+def read_ahead(files, side: int, workers: int, ahead: int):
+    """For each file the picture, or the reason why there is none, and the CPU seconds of decoding and of resizing."""
+
+    def look(file):
+        began = time.thread_time()
+        try:
+            picture = open_picture(file)
+            opened = time.thread_time()
+            return crop(picture, side), opened - began, time.thread_time() - opened
+        except ValueError as error:
+            return str(error), time.thread_time() - began, 0.0
+
+    with ThreadPoolExecutor(workers) as pool:
+        queue = deque()
+        for file in files:
+            queue.append(pool.submit(look, file))
+            if len(queue) > ahead:
+                yield queue.popleft().result()
+        yield from (future.result() for future in queue)
+
+
+def plan_set(a, out, files, labels, classes, device, dtype) -> dict:
+    """Write what the set is made of, or hold it against what its folder says. Returns the makers of its tensors."""
+    vae, network = load_autoencoder(a.autoencoder, device, dtype)
+    factor = getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config["block_out_channels"]) - 1)
+    if a.size % factor:
+        raise UserError(f"--size {a.size}: must be a multiple of {factor}, this autoencoder's pixels per place")
+    makers = {"latents": partial(encode_pictures, vae, a.means)}
+    probe = makers["latents"](torch.zeros(1, 3, a.size, a.size, device=device))
+    shape, precision = [vae.config["latent_channels"], *probe.shape[3:]], str(dtype).removeprefix("torch.")
+    listing = hashlib.sha256("\n".join(f"{f[0]} {k}" for f, k in zip(files, labels)).encode()).hexdigest()
+    claim(out / "plan.json", dict(
+        kind="latents", size=a.size, **network, shape=shape, moments=probe.shape[2] == 2 * shape[0],
+        precision=precision, shard=a.shard, pictures=len(files), classes=classes, listing=listing,
+    ))  # fmt: skip
+    if a.features:
+        makers["features"] = feature_maker(a.features, a.grid, device, dtype)
+        claim(out / "features.json", dict(name=a.features, grid=a.grid, precision=precision))
+    return makers
+
+
+def encode(a) -> None:
+    """Pictures to shards. Each rank takes every world-th shard, so ranks need not talk and no work is done twice."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(a.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if a.precision == "bf16" or (fast and not a.precision) else torch.float32
+    for name in ("size", "batch", "shard", "workers", "grid"):
+        if getattr(a, name) < 1:
+            raise UserError(f"--{name} {getattr(a, name)}: at least 1")
+    out, images = Path(a.out), Path(a.images)
+    if not images.exists():
+        raise UserError(f"--images {images}: no such folder or tar")
+    files, captions = captioned(images, list_pictures(images))
+    classes, labels = ([], np.arange(len(files))) if captions else label_pictures(images, [f[0] for f in files])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        makers = plan_set(a, out, files, labels, classes, device, dtype)
+        if captions:
+            write_text(out / "captions.jsonl", "\n".join(captions) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error})") from error
+
+    todo = {}                                                                   # shard: what it lacks, its pictures
+    for k in range(rank, -(-len(files) // a.shard), world):
+        if lacks := [kind for kind in makers if not (out / f"{kind}_{k:05}.safetensors").is_file()]:
+            todo[k] = lacks, range(len(files))[k * a.shard : (k + 1) * a.shard]
+    encode_shards(a, out, files, labels, makers, todo, device, quiet=rank > 0)
+    if (meta := finish(out)) and (rank == 0 or todo):
+        skipped = [line for shard in meta["shards"] for line in shard["skipped"]]
+        print(f"{out}: {meta['count']:,} pictures of {len(classes)} classes, {len(skipped)} skipped")
+        for name, reason in skipped[:20]:
+            print(f"  skipped {name}: {reason}")
+        if not meta["count"]:
+            raise UserError(f"--images {images}: none of {len(files)} pictures could be opened")
+
+
+def encode_shards(a, out, files, labels, makers, todo, device, quiet) -> None:
+    """The shards in `todo`, with pictures decoded ahead in threads and each shard written while the next is made."""
+    wanted = [files[i] for _, span in todo.values() for i in span]
+    blank = torch.zeros(1, 3, a.size, a.size, device=device)
+    empty = {kind: make(blank)[:0].cpu().numpy() for kind, make in makers.items()}
+    stream = read_ahead(wanted, a.size, a.workers, ahead=4 * a.batch)
+    spent, writing, began, often = Counter(), [], time.perf_counter(), 0.1 if sys.stderr.isatty() else 30
+    with ThreadPoolExecutor(1) as writer, tqdm(total=len(wanted), unit="img", disable=quiet, mininterval=often) as bar:
+        for k, (lacks, span) in todo.items():
+            parts, kept, skipped = {kind: [empty[kind]] for kind in lacks}, [], []
+            for first in range(0, len(span), a.batch):
+                pictures, batch = [], span[first : first + a.batch]
+                for i, (picture, decode, resize) in zip(batch, islice(stream, len(batch))):
+                    spent.update(decode=decode, resize=resize)
+                    if isinstance(picture, str):
+                        skipped.append([files[i][0], picture])
+                    else:
+                        kept.append(i)
+                        pictures.append(picture)
+                tick = time.perf_counter()
+                x = torch.from_numpy(np.stack(pictures)).to(device) if pictures else None
+                for kind in lacks if pictures else ():
+                    parts[kind].append(makers[kind](x).cpu().numpy())
+                    if not np.isfinite(parts[kind][-1]).all():
+                        raise UserError(f"{kind} of {files[batch[0]][0]} and after overflow fp16; use another encoder")
+                spent["network"] += time.perf_counter() - tick
+                bar.update(len(batch))
+            spent["write"] += sum(future.result() for future in writing)
+            record = dict(count=len(kept), skipped=skipped)
+            own = dict(labels=labels[kept].astype(np.int64))
+            writing = [
+                writer.submit(write_shard, out / f"{kind}_{k:05}.safetensors", {kind: np.concatenate(z), **own}, record)
+                for kind, z in parts.items()
+            ]
+        spent["write"] += sum(future.result() for future in writing)
+    if todo and not quiet:
+        whole, n = time.perf_counter() - began, len(wanted)
+        each = ", ".join(f"{name} {1000 * seconds / n:.2f}" for name, seconds in spent.items())
+        print(f"{n / whole:.1f} pictures/s; ms per picture: {each} (decode and resize over {a.workers} threads); "
+              f"the network worked {spent['network'] / whole:.0%} of the time")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# inspect
+
+
+def inspect(a) -> None:
+    """What a set is, whether it is whole, and how it looks."""
+    data = open_data(a.set)
+    spec = data.spec
+    count = np.bincount(data.labels, minlength=len(spec["classes"]))
+    print(f"{a.set}: {len(data.labels):,} x {spec['shape']}, {spec['kind']} {spec.get('autoencoder', '')}")
+    if spec["classes"]:
+        names = ", ".join(spec["classes"][:10])
+        print(f"{len(spec['classes'])} classes of {count.min():,} to {count.max():,}: {names} ...")
+    some = np.linspace(0, len(data.labels) - 1, min(2048, len(data.labels)), dtype=np.int64)
+    x = data.read(some, np.random.default_rng(0))
+    print("channel mean deviation, of network space (it wants 0 and 1)")
+    for c in range(x.shape[1]):
+        print(f"{c:7} {x[:, c].mean():8.3f} {x[:, c].std():8.3f}")
+    if isinstance(data, Latents):
+        folder = Path(a.set).expanduser()
+        meta = json.loads((folder / "meta.json").read_text())
+        shards = meta["shards"] + meta.get("features", {}).get("shards", [])
+        for shard in tqdm(shards, "checksums", disable=None):
+            if digest(load_file(folder / shard["file"])) != shard["sha256"]:
+                raise UserError(f"{folder / shard['file']}: wrong checksum; delete it and encode again")
+        print(f"{len(shards)} checksums are right")
+    try:
+        decode = decoder(spec, a.device, a.autoencoder)
+    except UserError as error:
+        print(f"no contact sheet: {error}")
+        return
+    pixels = decode(torch.from_numpy(x[:: max(1, len(x) // 32)][:32]))
+    grid(pixels[: len(pixels) // 8 * 8 or 1].reshape(-1, min(8, len(pixels)), *pixels.shape[1:])).save(a.sheet)
+    print(f"contact sheet: {a.sheet}")
+
+
+def main(argv=None):
+    style = dict(allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, **style)
+    verbs = parser.add_subparsers(required=True)
+    p = verbs.add_parser("encode", description="Pictures to latents; again = go on; also under torchrun.", **style)
+    p.set_defaults(run=encode)
+    p.add_argument("--images", required=True, help="folder or tar: class folders or tars, or with captions.jsonl")
+    p.add_argument("--out", required=True, help="folder of the set")
+    p.add_argument("--autoencoder", default="sd-vae", help="sd-vae, dc-ae, a folder or a hub name (default sd-vae)")
+    p.add_argument("--means", action="store_true", help="keep the posterior's mean only (default: and its deviation)")
+    p.add_argument("--features", help="keep features of an image encoder too: DINOv2 or RADIO, folder or hub name")
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    for name, default, text in (
+        ("size", 256, "pixels per side, after the centre crop"), ("batch", 64, "pictures per pass of the network"),
+        ("shard", 1024, "pictures per file"), ("grid", 16, "feature tokens per side"),
+        ("workers", cores, "threads that decode pictures, per rank"),
+    ):  # fmt: skip
+        p.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    p.add_argument("--device", help="default: this rank's cuda device, else cpu")
+    p.add_argument("--precision", choices=("fp32", "bf16"), help="of the networks (default: bf16 where the GPU has it)")
+    p = verbs.add_parser("inspect", description="What a set is, whether it is whole, and how it looks.", **style)
+    p.set_defaults(run=inspect)
+    p.add_argument("set", help="folder of a set, or demo")
+    p.add_argument("--autoencoder", help="for the contact sheet (default: the one the set was made with)")
+    p.add_argument("--sheet", default="samples_contact.png", help="its contact sheet (default samples_contact.png)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
+    a = parser.parse_args(argv)
+    a.run(a)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -96,6 +96,8 @@ class Config:
     guide_cond: float = opt(0.0, "model guidance: weight of the conditional prediction; the rest goes to no condition")
     guide_low: float = opt(0.0, "model guidance from this fraction of the row's times")
     guide_high: float = opt(1.0, "model guidance up to this fraction")
+    align: float = opt(0.0, "weight of the loss that aligns tokens with the set's image features, 0 = off")
+    align_depth: int = opt(8, "block whose tokens are aligned; the authors: 4 for B, 8 for XL")
     drop: float = opt(0.1, "share of conditions dropped")
     # optimisation
     init: str = opt("", "start from the weights of this run folder or file")
@@ -193,6 +195,8 @@ def check(cfg: Config) -> Config:
         raise UserError(f"--share_diffusion {cfg.share_diffusion} --share_consistency {cfg.share_consistency}: over 1")
     if (cfg.guide_gt, cfg.guide_cond) != (1, 0) and not cfg.drop:
         raise UserError("--guide_gt and --guide_cond need a network that knows no condition: give --drop 0.1")
+    if cfg.align < 0:
+        raise UserError(f"--align {cfg.align}: a weight, 0 or more")
     if "/" in cfg.name or cfg.name.startswith("."):
         raise UserError(f"--name {cfg.name}: one folder name, without / or a leading dot")
     try:
@@ -232,10 +236,10 @@ def guide(ema, row, cfg, x, eps, t, y, null):
         return torch.where(use, pair[0], x), torch.where(use, pair[1], eps)
 
 
-def objective(model, ema, row, cfg, h, x, y, rng):
+def objective(model, ema, row, cfg, h, x, y, rng, features=None):
     """The paper's algorithm on one micro-batch.
 
-    x (B, C, H, W) of unit variance, y (B,), rng owns all chance.
+    x (B, C, H, W) of unit variance, y (B,), features (B, N, F) if cfg.align, rng owns all chance.
     Returns the loss to descend (0-d), the raw loss l (B,), t and r (B,).
     """
     null = torch.full_like(y, model.classes)
@@ -251,23 +255,28 @@ def objective(model, ema, row, cfg, h, x, y, rng):
         args = see(model, row), row, x[free], eps[free], t[free], r[free], y[free]
         df_dt[free] = exact_derivative(*args) if cfg.derivative == "jvp" else finite_difference(*args, h)
 
-    f = see(model, row)(interpolate(row, x, eps, t), t, r, y)
+    f = model(interpolate(row, x, eps, t), row.c_noise(t), row.c_noise(r), y, aligned=cfg.align > 0)
+    alignment = 0.0
+    if cfg.align:
+        f, tokens = f                                                           # tokens (B, N, F)
+        alignment = cfg.align * (1 - torch.cosine_similarity(tokens.float(), features, dim=2)).mean()
     loss = sample_loss(f, transition_target(row, x, eps, t, r, df_dt), cfg.cosine)
     weight = time_weight(row, t, r, cfg.tau, cfg.kernel, cfg.weight_sigma)
-    return (weight * (adaptive(loss) if cfg.adaptive else loss)).mean(), loss.detach(), t, r
+    return (weight * (adaptive(loss) if cfg.adaptive else loss)).mean() + alignment, loss.detach(), t, r
 
 
 def train_step(model, ema, optimizer, row, cfg, h, step, batch, slots):
-    """One update, without a host sync. batch: an (x, y) per slot of this rank; slots: their numbers.
+    """One update, without a host sync. batch: an (x, y[, features]) per slot of this rank; slots: their numbers.
 
     Chance is a function of (seed, step, slot): two ranks of one slot and one rank of two draw the same.
     Returns the gradient norm (0-d), and of this rank's pictures raw loss, t and r.
     """
     losses = []
-    for k, (slot, (x, y)) in enumerate(zip(slots, batch)):
+    for k, (slot, (x, y, *features)) in enumerate(zip(slots, batch)):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(k + 1 == len(slots))
-        loss, *seen = objective(model, ema, row, cfg, h, x, y, data.rng(cfg.seed, step, slot, 1, device=x.device))
+        rng = data.rng(cfg.seed, step, slot, 1, device=x.device)
+        loss, *seen = objective(model, ema, row, cfg, h, x, y, rng, *features)
         (loss / len(slots)).backward()
         losses.append(seen)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
@@ -521,11 +530,17 @@ def sample_grid(model, row, spec, cfg, path: Path, columns: int = 10) -> None:
 # The run
 
 
-def network_of(cfg: Config, shape, classes: int) -> dict:
-    """Arguments of TiM for pictures of `shape` (C, H, W)."""
+def network_of(cfg: Config, shape, classes: int, features=(0, 0)) -> dict:
+    """Arguments of TiM for pictures of `shape` (C, H, W); features (N, F) are aligned with if cfg.align."""
     if shape[1] % cfg.patch or shape[2] % cfg.patch:
         raise UserError(f"--patch {cfg.patch}: {shape[1]}x{shape[2]} must be a multiple of it; choose another patch")
     switches = dict(shared_time=cfg.shared_time, interval_attention=cfg.interval_attention)
+    if cfg.align:
+        tokens, depth = (shape[1] // cfg.patch) * (shape[2] // cfg.patch), SIZES[cfg.size]["depth"]
+        if features[0] != tokens or not 1 <= cfg.align_depth <= depth:
+            rule = f"{features[0]} features per picture for {tokens} tokens, after block {cfg.align_depth} of {depth}"
+            raise UserError(f"--align: {rule}; encode them with another --grid, or choose another --align_depth")
+        switches["projector"] = [cfg.align_depth, 2048, features[1]]
     return dict(channels=shape[0], patch=cfg.patch, **SIZES[cfg.size], classes=classes, **switches)
 
 
@@ -610,10 +625,11 @@ def run_training(cfg: Config, device) -> None:
         rule = f"--batch {cfg.batch} must divide over {world} ranks x {cfg.accumulate} micro-batches"
         raise UserError(f"{rule}, and {world} ranks over --replicate {cfg.replicate}")
     first_rank(lambda: (run / "checkpoints").mkdir(parents=True, exist_ok=True))
-    source = data.open_data(cfg.data, (cfg.channels, cfg.side, cfg.side), cfg.classes)
+    source = data.open_data(cfg.data, (cfg.channels, cfg.side, cfg.side), cfg.classes, features=cfg.align > 0)
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     h = difference_width(cfg, bf16)
-    network = network_of(cfg, source.spec["shape"], len(source.spec["classes"]))
+    features = source.features.shape[1:] if cfg.align else (0, 0)
+    network = network_of(cfg, source.spec["shape"], len(source.spec["classes"]), features)
     record = dict(model=network, data=source.spec, train=asdict(cfg))
     model, ema, optimizer = build(cfg, network, device, bf16)
     begin = resume(run, model, ema, optimizer, record)
@@ -635,7 +651,7 @@ def run_training(cfg: Config, device) -> None:
         began = time.perf_counter()
         batch = [next(stream) for _ in slots]
         waited = time.perf_counter() - began
-        batch = [(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in batch]
+        batch = [tuple(v.to(device, non_blocking=True) for v in part) for part in batch]
         norm, *seen = train_step(model, ema, optimizer, row, cfg, h, step, batch, slots)
         log.add(norm, *seen, waited)
 
