@@ -501,9 +501,9 @@ def fail_nonfinite(step: int, seen) -> None:
     """The gradient was not finite, as every rank knows; say at which loss, t and r, on all of them."""
     loss, t, r = (v.tolist() for v in seen)
     rank, parts = dist.get_rank(), [None] * dist.get_world_size()
-    bad = [f"rank {rank}: l = {a:g}, t = {b:.6f}, r = {c:.6f}" for a, b, c in zip(loss, t, r) if not math.isfinite(a)]
+    bad = [f"rank {rank}: l = {a:g}, t = {b:g}, r = {c:g}" for a, b, c in zip(loss, t, r) if not math.isfinite(a)]
     dist.all_gather_object(parts, bad)
-    where = [line for part in parts for line in part] or [f"finite losses, t up to {max(t):.6f}, r down to {min(r):.6f}"]
+    where = [line for part in parts for line in part] or [f"finite losses, t <= {max(t):g}, r >= {min(r):g}"]
     raise UserError(
         f"step {step}: the gradient is not finite ({'; '.join(where[:4])}). Nothing of it was saved, the last checkpoint "
         "is good. Try a lower --lr or --precision fp32, and look at the data"
@@ -517,7 +517,7 @@ def sample_grid(model, row, spec, cfg, path: Path, columns: int = 10) -> None:
     y = torch.arange(columns, device=device) % len(spec["classes"])
     try:
         decode = data.decoder(spec, device)
-    except UserError as error:                                                  # a run must not end for want of a picture
+    except UserError as error:                                                  # a run does not end for a picture
         decode = lambda x: data.to_pixels(dict(kind="random"), x)
         if dist.get_rank() == 0:
             print(f"{path} shows latent channels: {error}", flush=True)

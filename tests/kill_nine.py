@@ -1,4 +1,4 @@
-"""Ten times: fork a process that writes checkpoints back to back, kill -9 it at a random moment, read the newest one."""
+"""Ten times: fork a process that writes checkpoints back to back, kill -9 it at a random moment, read the newest."""
 
 import os
 import random

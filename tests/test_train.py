@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import train
@@ -121,8 +122,8 @@ def objective_inputs(**changes):
 
 def test_slots_draw_different_noise_times_and_drops():
     cfg, model, x, y = objective_inputs(drop=0.5)
-    seen = [train.objective(model, model, TRANSPORTS["tim"], cfg, 0.005, x, y, data.rng(0, 3, slot, 1)) for slot in (0, 1)]
-    again = train.objective(model, model, TRANSPORTS["tim"], cfg, 0.005, x, y, data.rng(0, 3, 1, 1))
+    draw = lambda slot: train.objective(model, model, TRANSPORTS["tim"], cfg, 0.005, x, y, data.rng(0, 3, slot, 1))
+    seen, again = [draw(0), draw(1)], draw(1)
     for a, b, c in zip(seen[0][1:], seen[1][1:], again[1:]):
         assert (a != b).any() and (b == c).all()
 
@@ -142,8 +143,8 @@ def test_accumulation_is_the_mean_of_its_slots():
         def step(self):
             got.extend(p.grad.clone() for p in model.parameters())
 
-    train.train_step(model, TiM(2, 2, **SIZES["demo"], classes=3).double(), Spy(model.parameters(), 1.0), row, cfg, 0.005, 5,
-                     parts, [0, 1])  # fmt: skip
+    ema = TiM(2, 2, **SIZES["demo"], classes=3).double()
+    train.train_step(model, ema, Spy(model.parameters(), 1.0), row, cfg, 0.005, 5, parts, [0, 1])
     for a, b in zip(want, got):
         torch.testing.assert_close(a, b)
 
@@ -157,7 +158,8 @@ def test_objective_is_the_papers_equation(derivative):
     torch.rand(8, generator=rng), torch.randn(2, 8, generator=rng), torch.rand(8, generator=rng)
     eps = torch.randn(x.shape, generator=rng)
     path = lambda s: model((1 - s)[:, None, None, None] * x + s[:, None, None, None] * eps, s, r, y)
-    f, df_dt = torch.func.jvp(path, (t,), (torch.ones_like(t),))
+    with sdpa_kernel(SDPBackend.MATH):
+        f, df_dt = torch.func.jvp(path, (t,), (torch.ones_like(t),))
     target = eps - x - (t - r)[:, None, None, None] * df_dt
     want = (f - target).square().mean((1, 2, 3))
     weight = torch.where(t == r, 1.0, (1 + torch.tan(t) - torch.tan(r)).rsqrt())
@@ -212,8 +214,8 @@ def test_a_planted_nan_stops_both_ranks_and_saves_nothing_of_it(tmp_path):
 @pytest.mark.slow
 def test_kill_nine_while_writing_loses_nothing(tmp_path):
     """Ten kills at random moments of back-to-back checkpoint writing; each time the newest one is whole."""
-    done = subprocess.run([sys.executable, str(ROOT / "tests/kill_nine.py"), str(tmp_path)], env=ENV, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    script = [sys.executable, str(ROOT / "tests/kill_nine.py"), str(tmp_path)]
+    done = subprocess.run(script, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.stdout.count("whole") == 10, done.stdout + done.stderr
 
 
