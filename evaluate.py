@@ -137,7 +137,7 @@ def load_extractor(path, device):
         raise UserError(f"--inception {path}: not read or fetched ({error}); give torch-fidelity's weights") from error
     except Exception as error:                                                  # as many kinds as there are wrong files
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"--inception {path}: not the weights of {EXTRACTOR} in torch-fidelity's form ({why})") from error
+        raise UserError(f"--inception {path}: not torch-fidelity's weights of {EXTRACTOR} ({why})") from error
 
 
 def extract(net, pictures: Pictures, n: int, device):
@@ -169,7 +169,7 @@ def read_file(path: Path, side: int | None) -> np.ndarray:
         raise UserError(f"{path}: not a whole picture ({error}); remove it or make it again") from error
     if mode != "RGB" and mode not in said:
         said.add(mode)
-        tqdm.write(f"note: {path} and maybe more are in mode {mode}; read as RGB, grey repeated, alpha dropped", sys.stderr)
+        tqdm.write(f"note: {path} and more in mode {mode} are read as RGB, grey repeated, alpha dropped", sys.stderr)
     return pixels
 
 
@@ -189,15 +189,15 @@ def array_pictures(name, pixels: np.ndarray) -> Pictures:
 
 def open_pictures(path: str, side: int | None) -> Pictures:
     """A folder of pictures at any depth, or a data set of `data.open_data` that holds pixels."""
-    folder = Path(path).expanduser()
-    if folder.is_dir() and not [*folder.glob("train-images*-ubyte*"), *folder.glob("data_batch_*.bin")]:
+    folder, known = Path(path).expanduser(), ("train-images*-ubyte*", "data_batch_*.bin")
+    if path != "demo" and folder.is_dir() and not any(any(folder.glob(name)) for name in known):
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in data.PICTURES)
         if not files:
             raise UserError(f"{path}: no pictures in it; expected files such as .png or .jpg, idx files, or CIFAR-10's")
         return file_pictures(folder, files, side)
     source = data.open_data(path)
     if not hasattr(source, "pixels") or side not in (None, source.pixels.shape[2]):
-        raise UserError(f"{path}, --side {side}: only a folder of pictures can be cropped, and only pictures be compared")
+        raise UserError(f"{path}, --side {side}: only folders of pictures can be cropped, and only pictures compared")
     return array_pictures(path, source.pixels)
 
 
@@ -263,12 +263,12 @@ def metrics(features, scores, reference: Reference, device) -> dict:
     """FID; KID, precision and recall where the reference has features; Inception Score where there is a classifier."""
     mine, other, out = fid_features_to_statistics(features), reference.stats, dict.fromkeys(METRICS)
     if mine["mu"].shape != other["mu"].shape:
-        raise UserError(f"{reference.name}: statistics of {len(other['mu'])} features, the network has {len(mine['mu'])}")
+        raise UserError(f"{reference.name}: statistics of {len(other['mu'])} features, not {len(mine['mu'])}")
     mine["mu"] = mine["mu"].astype(other["mu"].dtype)
     out["FID"] = fid_statistics_to_metric(mine, other, False)["frechet_inception_distance"]
     if reference.features is not None:
         fewest = min(len(features), reference.n)
-        subset = 1000 if fewest >= 1000 else fewest // 2                        # of all there is, the sd would say nothing
+        subset = 1000 if fewest >= 1000 else fewest // 2                        # of all of them, the sd would be 0
         got = kid_features_to_metric(features, reference.features, kid_subset_size=subset, verbose=False)
         out |= {"KID": got["kernel_inception_distance_mean"], "KID sd": got["kernel_inception_distance_std"]}
         pair = features.to(device), reference.features.to(device)
@@ -309,9 +309,10 @@ def sampled_rows(a, n: int):
         raise UserError(f"--steps {a.steps}, --batch {a.batch}: at least 1")
     way = f"{a.precision}_{a.interval[0]:g}_{a.interval[1]:g}{'_strict' * a.strict_interval}"
     for g in guidances:
-        options, known = dict(guidance=g, interval=a.interval, strict=a.strict_interval), about["weights"][:8]
+        options = dict(guidance=g, interval=a.interval, strict=a.strict_interval)
         for k in a.steps:
-            trace, folder = [], results / f"{config['step']}_{known}" / f"seed{a.seed}_guidance{g:g}_{way}" / f"steps_{k}"
+            trace, network = [], f"{config['step']}_{about['weights'][:8]}"
+            folder = results / network / f"seed{a.seed}_guidance{g:g}_{way}" / f"steps_{k}"
             one = sample.images(model, row, config, [0], a.seed, k, classes, trace=trace, **options)
 
             def draw(k=k, options=options, folder=folder):
@@ -372,9 +373,9 @@ def fid(a):
         about = dict(n=n, reference=reference.name, reference_n=reference.n, preprocessing=reference.preprocessing)
         about |= dict(inception=tag, torch_fidelity=torch_fidelity.__version__)
         title = f"n = {n}; reference {reference.name}: {reference.n or '?'} pictures, {reference.preprocessing}.\n"
-        title += "Figures at another n do not compare with these. First row: real pictures against real ones, the floor."
+        title += "Figures at another n do not compare with these. First row: real against real, the floor."
         if reference.n < 2 * n:
-            title += f"\nThe reference has less than 2 x {n}: its floor is unknown, or of fewer pictures and so too high."
+            title += f"\nThe reference has less than 2 x {n}: the floor is unknown, or of fewer pictures and too high."
         got = table(title, scored(a, rows, n, net, reference, about, results))
         draw_curve([row for row in got if row["NFE"]], n, results / "fid.png")
         print(f"{results / 'eval.jsonl'}: {len(rows)} more records")
@@ -456,7 +457,7 @@ def consistency(a):
             yield dict(length=f"{low:g} to {high:g}") | middle
 
     title = f"{a.num} pictures a row, length t - r as share of the range; medians, of the last column the mean\n"
-    title += "jump: t -> r against t -> s -> r; own: f against its target on its own path; target: on the data's, squared"
+    title += "jump: t -> r against t -> s -> r; own: f against its target on its own path; target: on the data's"
     got = table(title, bins())
     append(results / "consistency.jsonl", about | dict(n=a.num, table=got))
     print(f"{results / 'consistency.jsonl'}: 1 more record")
@@ -483,9 +484,10 @@ def clip(a):
     if len(pairs) < (a.num or 1) or a.batch < 1:
         raise UserError(f"--num {a.num}, --batch {a.batch}: {folder} holds {len(pairs)} captions")
     try:
-        model, processor = CLIPModel.from_pretrained(a.model).to(a.device).eval(), CLIPProcessor.from_pretrained(a.model)
+        model, processor = (kind.from_pretrained(a.model) for kind in (CLIPModel, CLIPProcessor))
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {a.model}: {str(error).splitlines()[0]}; give a name on the hub or a folder") from error
+        raise UserError(f"--model {a.model}: {str(error).splitlines()[0]}; give a hub name or a folder") from error
+    model.to(a.device).eval()
     scores = []
     for start in tqdm(range(0, len(pairs), a.batch), unit="batch"):
         files, captions = zip(*pairs[start : start + a.batch])
@@ -495,8 +497,9 @@ def clip(a):
         scores.append(100 * F.cosine_similarity(out.image_embeds, out.text_embeds).clamp(min=0).cpu())
     score, n = torch.cat(scores), len(pairs)
     error = float(score.std() / n**0.5) if n > 1 else None
-    got = table("CLIP score, with its standard error", [dict(images=folder.name[-23:], CLIP=float(score.mean()), error=error, n=n)])
-    append(folder / "eval.jsonl", got[0] | dict(images=a.images, model=a.model))
+    got = dict(images=folder.name[-23:], CLIP=float(score.mean()), error=error, n=n)
+    table("CLIP score, with its standard error", [got])
+    append(folder / "eval.jsonl", got | dict(images=a.images, model=a.model))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,7 +555,8 @@ def matmul_rates(model, rows: int, device, dtype, repeats: int) -> dict:
     layers = block.attn.qkv, block.attn.proj, block.mlp.fc1_g, block.mlp.fc1_x, block.mlp.fc2
     shapes = [(rows, layer.in_features, layer.out_features) for layer in layers]
     for name, sizes in (("shapes", shapes), ("square", [(side, side, side)])):
-        pairs = [(torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)) for m, k, n in sizes]
+        normal = lambda *size: torch.randn(*size, device=device).to(dtype)
+        pairs = [(normal(m, k), normal(n, k)) for m, k, n in sizes]
         seconds, _ = measure(lambda pairs=pairs: [F.linear(p, w) for p, w in pairs], device, repeats)
         out[name] = sum(2 * m * k * n for m, k, n in sizes) / seconds
     return out
@@ -669,7 +673,7 @@ def speed_tables(a, cfg, device):
     flops, rates = forward_flops(model, tokens), {}
     name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"
     size = sum(p.numel() for p in model.parameters())
-    print(f"{a.config}: {size:,} parameters, {tokens} tokens, {sum(flops) / 1e9:.4g} GFLOPs a picture and pass, on {name}")
+    print(f"{a.config}: {size:,} parameters, {tokens} tokens, {sum(flops) / 1e9:.4g} GFLOPs a picture, on {name}")
     for k, dtype in types.items():
         rates[k] = matmul_rates(model, n * tokens, device, dtype, a.repeats)
         of = " and ".join(f"{rate / 1e9:.5g} GFLOP/s at the {which}" for which, rate in rates[k].items())
@@ -681,7 +685,7 @@ def speed_tables(a, cfg, device):
     inputs = tuple(v[transition.diffusion_count(n, cfg.share_diffusion) :] for v in (x, eps, t, r, y))
     out = dict(config=asdict(cfg), device=name, parameters=size, tokens=tokens, flops=sum(flops), matmul=rates, h=h)
     if len(inputs[0]):
-        title = f"df/dt of {len(inputs[0])} pictures in {kind}, h = {h:g}. FLOPs as torch counts them; error to the fp32 JVP"
+        title = f"df/dt of {len(inputs[0])} pictures in {kind}, h {h:g}. FLOPs by torch's counter, error to fp32 JVP"
         rows = derivative_rows(networks["fp32"], networks[kind], row, h, inputs, a.repeats)
         out["derivative"] = table(title, rows)
     title = f"An update on {n} pictures in {kind}, compile {cfg.compile}. Shares of the matmul rates above"
@@ -721,8 +725,9 @@ def parse_arguments(argv=None):
     arg("--reference", required=True, help="folder of pictures, demo, folder of a data set, .npz, or cached features")
     arg("--reference_num", type=int, help="use so many of its pictures (default: all)")
     arg("--images", help="score this folder of pictures instead of sampling")
-    arg("--num", type=int, help="pictures to score (default: 50000, or all of --images)")
-    arg("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128], help="a row each (default 1 2 4 ... 128)")
+    arg("-n", "--num", type=int, help="pictures to score (default: 50000, or all of --images); behind torchrun\n"
+        "write -n, as it takes --num for its own --numa_binding")  # fmt: skip
+    arg("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128], help="a row each (default 1 2 4 .. 128)")
     arg("--guidance", type=float, nargs="+", help="1 = off, several make a sweep (default: what the run says)")
     arg("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
         help="guide only at these times, as fractions of the range, ends included (default 0 1)")  # fmt: skip

@@ -107,8 +107,8 @@ def test_agrees_with_torch_fidelity_on_two_folders(tmp_path):
     fid("--images", a, "--reference", b)
     got = records(a / "eval.jsonl")[0]
     want = torch_fidelity.calculate_metrics(
-        input1=str(a), input2=str(b), fid=True, kid=True, prc=True, isc=True, kid_subset_size=15, cuda=False, cache=False,
-        feature_extractor="tiny", feature_extractor_weights_path="tiny.pth", verbose=False, save_cpu_ram=True,
+        input1=str(a), input2=str(b), fid=True, kid=True, prc=True, isc=True, kid_subset_size=15, cuda=False,
+        feature_extractor="tiny", feature_extractor_weights_path="tiny.pth", verbose=False, cache=False,
     )  # fmt: skip
     pairs = {
         "FID": "frechet_inception_distance", "KID": "kernel_inception_distance_mean",
@@ -185,7 +185,8 @@ def test_reference_is_computed_once_until_it_changes(tmp_path, monkeypatch):
 
 
 def test_rows_over_steps_and_nothing_is_drawn_twice(run, capsys):
-    args = "--checkpoint", run, "--reference", "demo", "--reference_num", 100, "--num", 20, "--steps", 1, 3, "--guidance", 1, 2
+    args = "--checkpoint", run, "--reference", "demo", "--reference_num", 100, "--num", 20, "--steps", 1, 3
+    args += "--guidance", 1, 2
     fid(*args, "--batch", 7)
     files = {f: f.stat().st_mtime_ns for f in (run / "eval").rglob("*.png") if f.name != "fid.png"}
     assert len(files) == 4 * 20
@@ -200,7 +201,8 @@ def test_rows_over_steps_and_nothing_is_drawn_twice(run, capsys):
     assert "do not compare" in out and "real, n = 20" in out
 
 
-def test_samples_are_those_of_the_sampler(run):
+def test_samples_are_those_of_the_sampler(run, tmp_path):
+    pictures(tmp_path / "demo", 3, 1)                                           # a folder of that name is not the data set
     fid("--checkpoint", run, "--reference", "demo", "--reference_num", 30, "--num", 12, "--steps", 2, "--batch", 5)
     model, row, config = sample.load(run)
     want = sample.images(model, row, config, list(range(12)), 0, 2, list(range(10)), guidance=1.0)
@@ -211,13 +213,13 @@ def test_samples_are_those_of_the_sampler(run):
 
 @pytest.mark.slow
 def test_two_ranks_draw_what_one_draws(run, tmp_path):
-    args = "--checkpoint {} --reference demo --reference_num 30 --num 11 --steps 2 --inception tiny.pth --device cpu"
+    args = "--checkpoint {} --reference demo --reference_num 30 -n 11 --steps 2 --inception tiny.pth --device cpu"
     shutil.copytree(run, tmp_path / "copy")
     fid(*args.format(run).split())
-    code = "import evaluate, tests.test_evaluate; evaluate.EXTRACTOR = 'tiny'; evaluate.main()"
+    code = "import evaluate, test_evaluate; evaluate.EXTRACTOR = 'tiny'; evaluate.main()"
     script = tmp_path / "two.py"
     root = Path(evaluate.__file__).parent
-    script.write_text(f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n{code.replace('tests.', '')}")
+    script.write_text(f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n{code}")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), "fid"]
     done = subprocess.run(launch + args.format(tmp_path / "copy").split(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -267,7 +269,8 @@ BAD = {
 @pytest.mark.parametrize("args, message", BAD.values(), ids=BAD)
 def test_bad_input_is_named(args, message, tmp_path):
     pictures(tmp_path / "a", 20, 1), pictures(tmp_path / "b", 40, 2), pictures(tmp_path / "few", 12, 3)
-    pictures(tmp_path / "large", 30, 4, side=20), spoil(pictures(tmp_path / "corrupt", 30, 5)), (tmp_path / "empty").mkdir()
+    pictures(tmp_path / "large", 30, 4, side=20), spoil(pictures(tmp_path / "corrupt", 30, 5))
+    (tmp_path / "empty").mkdir()
     pictures(tmp_path / "mixed", 30, 6, side=20), pictures(tmp_path / "mixed", 12, 6)
     np.savez("odd.npz", x=np.ones(3)), np.savez("grey.npz", arr_0=np.ones((9, 4, 4), np.uint8))
     np.savez("wide.npz", mu=np.ones(30), sigma=np.eye(30)), Path("tiny.pth.safetensors").write_bytes(b"none")
@@ -358,7 +361,8 @@ def test_clip_of_a_small_model(tmp_path):
     size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
     ends = dict(bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=vocabulary["<|endoftext|>"], pad_token_id=1)
     text = dict(size, vocab_size=len(vocabulary), max_position_embeddings=16, **ends)
-    config = transformers.CLIPConfig(text_config=text, vision_config=dict(size, image_size=16, patch_size=8), projection_dim=8)
+    vision = dict(size, image_size=16, patch_size=8)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     torch.manual_seed(0)
     transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
     side = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})

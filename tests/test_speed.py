@@ -66,9 +66,9 @@ def test_measure_counts_memory_and_time():
 
 
 def test_the_three_tables(tmp_path, capsys):
-    flags = "--patch 14 --batch 8 --steps 1 2 --repeats 1 --sample_batch 2 --device cpu --precision fp32 --out speed.json"
+    flags = "--patch 14 --batch 8 --steps 1 2 --repeats 1 --sample_batch 2 --device cpu --precision fp32"
     out = tmp_path / "speed.json"
-    evaluate.main(["speed", "--config", "demo", *flags.replace("speed.json", str(out)).split()])
+    evaluate.main(["speed", "--config", "demo", *flags.split(), "--out", str(out)])
     got = json.loads(out.read_text())
     assert [row["step"] for row in got["training"]] == ["diffusion only", "DDE", "JVP", "DDE + model guidance"]
     one, two, plain, exact = got["derivative"]
