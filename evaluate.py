@@ -523,30 +523,37 @@ def forward_flops(model: TiM, tokens: int, caption: int = 0) -> tuple[int, int]:
     return linear, len(model.blocks) * 4 * tokens * (tokens + caption) * width
 
 
-def measure(action, device, repeats: int, limit: float = 20.0) -> tuple[float, float]:
-    """Median seconds of action() after warm-up, and the peak MiB it allocates beyond what was there.
+def measure(actions, device, repeats: int, limit: float = 20.0) -> list[tuple[float, float]]:
+    """Median seconds of each action() after warm-up, and the peak MiB it allocates beyond what was there.
 
-    At least one run, at most `repeats`, none begun after `limit` seconds.
+    They take turns, so that what else the machine does falls on all alike: at least one turn, at most `repeats`, none
+    begun after `limit` seconds per action.
     """
-    cuda, times = device.type == "cuda", []
+    cuda, peaks, times = device.type == "cuda", [], []
     wait = (lambda: torch.cuda.synchronize(device)) if cuda else lambda: None
-    if cuda:
-        action(), action()
-        wait()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    else:                                                                       # the allocator's own events
-        with torch.autograd.profiler.profile(profile_memory=True) as profile:
-            action()
-        events = sorted((e.start_ns(), e.nbytes()) for e in profile.kineto_results.events() if e.name() == "[memory]")
-        peak = np.cumsum([size for _, size in events]).max(initial=0)
-    begin = time.perf_counter()
-    while not times or len(times) < repeats and time.perf_counter() - begin < limit:
-        start = time.perf_counter()
+    for action in actions:
         action()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), float(torch.cuda.max_memory_allocated(device) - before if cuda else peak) / 2**20
+        if cuda:
+            wait()
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            action()
+            wait()
+            peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+        else:                                                                   # the allocator's own events
+            with torch.autograd.profiler.profile(profile_memory=True) as profile:
+                action()
+            events = sorted((e.start_ns(), e.nbytes()) for e in profile.kineto_results.events() if e.name() == "[memory]")
+            peaks.append(float(np.cumsum([size for _, size in events]).max(initial=0)) / 2**20)
+    begin = time.perf_counter()
+    while not times or len(times) < repeats and time.perf_counter() - begin < limit * len(peaks):
+        times.append([])
+        for action in actions:
+            start = time.perf_counter()
+            action()
+            wait()
+            times[-1].append(time.perf_counter() - start)
+    return [(statistics.median(column), peak) for column, peak in zip(zip(*times), peaks)]
 
 
 def matmul_rates(model, rows: int, device, dtype, repeats: int) -> dict:
@@ -557,7 +564,7 @@ def matmul_rates(model, rows: int, device, dtype, repeats: int) -> dict:
     for name, sizes in (("shapes", shapes), ("square", [(side, side, side)])):
         normal = lambda *size: torch.randn(*size, device=device).to(dtype)
         pairs = [(normal(m, k), normal(n, k)) for m, k, n in sizes]
-        seconds, _ = measure(lambda pairs=pairs: [F.linear(p, w) for p, w in pairs], device, repeats)
+        ((seconds, _),) = measure([lambda pairs=pairs: [F.linear(p, w) for p, w in pairs]], device, repeats)
         out[name] = sum(2 * m * k * n for m, k, n in sizes) / seconds
     return out
 
@@ -580,10 +587,9 @@ def derivative_rows(model, low, row, h, inputs, repeats):
         "JVP, torch.func.jvp": lambda: plain_jvp(net, row, *inputs),
         "JVP, exact_derivative": lambda: transition.exact_derivative(net, row, *inputs),
     }
-    for name, way in ways.items():
+    for (name, way), (seconds, peak) in zip(ways.items(), measure(ways.values(), device, repeats)):
         with FlopCounterMode(display=False) as counter:
             error = float((way() - exact).norm() / exact.norm())
-        seconds, peak = measure(way, device, repeats)
         yield dict(derivative=name, ms=1e3 * seconds, GFLOPs=counter.get_total_flops() / 1e9, MiB=peak, error=error)
 
 
@@ -607,18 +613,17 @@ def training_rows(model, row, cfg, h, flops, rates, bf16, x, y, repeats):
         "JVP": (replace(plain, derivative="jvp"), free * (2 * linear + 3 * attention)),
         "DDE + model guidance": (replace(plain, derivative="dde", guide_cond=0.75), 2 * (free + len(x)) * forward),
     }
-    for name, (arm, extra) in ways.items():
 
-        def update(arm=arm):
-            loss, *_ = train.objective(model, ema, row, arm, h, x, y, data.rng(0, 0, device=device))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            train.update_average(ema, model, 0.999)
+    def update(arm):
+        loss, *_ = train.objective(model, ema, row, arm, h, x, y, data.rng(0, 0, device=device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        train.update_average(ema, model, 0.999)
 
-        update()                                                                # moments exist from the first one on
-        seconds, peak = measure(update, device, repeats)
+    costs = measure([lambda arm=arm: update(arm) for arm, _ in ways.values()], device, repeats)
+    for (name, (_, extra)), (seconds, peak) in zip(ways.items(), costs):
         once, useful = once or seconds, 3 * len(x) * forward + extra
         shares = {f"of {k}": useful / seconds / rate for k, rate in rates.items()}
         cost = {"ms": 1e3 * seconds, "x diffusion": seconds / once, "images/s": len(x) / seconds}
@@ -633,7 +638,7 @@ def sampling_rows(networks, row, shape, steps, batch, flops, rates, device, repe
             trace = []
             sample.generate(model, row, z[:1], y[:1], k, guidance, trace=trace)
             run = lambda: sample.generate(model, row, z, y, k, guidance)
-            seconds, nfe = measure(run, device, repeats)[0], sum(passes for _, _, passes in trace)
+            ((seconds, _),), nfe = measure([run], device, repeats), sum(passes for _, _, passes in trace)
             speed = {"ms": 1e3 * seconds, "images/s": batch / seconds}
             share = {"of shapes": batch * nfe * sum(flops) / seconds / rates[name]["shapes"]}
             yield dict(sampling=f"{name}, guidance {guidance:g}", steps=k, NFE=nfe) | speed | share
@@ -673,7 +678,7 @@ def speed_tables(a, cfg, device):
     flops, rates = forward_flops(model, tokens), {}
     name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"
     size = sum(p.numel() for p in model.parameters())
-    print(f"{a.config}: {size:,} parameters, {tokens} tokens, {sum(flops) / 1e9:.4g} GFLOPs a picture, on {name}")
+    print(f"{cfg.name}: {size:,} parameters, {tokens} tokens, {sum(flops) / 1e9:.4g} GFLOPs a picture, on {name}")
     for k, dtype in types.items():
         rates[k] = matmul_rates(model, n * tokens, device, dtype, a.repeats)
         of = " and ".join(f"{rate / 1e9:.5g} GFLOP/s at the {which}" for which, rate in rates[k].items())

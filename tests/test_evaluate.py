@@ -188,7 +188,7 @@ def test_rows_over_steps_and_nothing_is_drawn_twice(run, capsys):
     args = "--checkpoint", run, "--reference", "demo", "--reference_num", 100, "--num", 20, "--steps", 1, 3
     args += "--guidance", 1, 2
     fid(*args, "--batch", 7)
-    files = {f: f.stat().st_mtime_ns for f in (run / "eval").rglob("*.png") if f.name != "fid.png"}
+    files = {f: f.stat().st_mtime_ns for f in (run / "eval").rglob("0*.png")}
     assert len(files) == 4 * 20
     next(iter(files)).unlink()
     fid(*args)
@@ -202,7 +202,7 @@ def test_rows_over_steps_and_nothing_is_drawn_twice(run, capsys):
 
 
 def test_samples_are_those_of_the_sampler(run, tmp_path):
-    pictures(tmp_path / "demo", 3, 1)                                           # a folder of that name is not the data set
+    pictures(tmp_path / "demo", 3, 1)                                           # not the data set
     fid("--checkpoint", run, "--reference", "demo", "--reference_num", 30, "--num", 12, "--steps", 2, "--batch", 5)
     model, row, config = sample.load(run)
     want = sample.images(model, row, config, list(range(12)), 0, 2, list(range(10)), guidance=1.0)
@@ -291,7 +291,7 @@ def test_features_of_other_weights_are_refused(tmp_path):
 def test_weights_of_another_network_are_refused(content, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "EXTRACTOR", "inception-v3-compat")
     torch.save(content, "tiny.pth")
-    with pytest.raises(UserError, match="not the weights"):
+    with pytest.raises(UserError, match="not torch-fidelity.s weights"):
         fid("--images", pictures(tmp_path / "a", 10, 1), "--reference", "demo")
 
 

@@ -56,12 +56,13 @@ def test_flops_of_the_derivatives():
 
 
 def test_measure_counts_memory_and_time():
-    megabytes = 8
-    seconds, peak = evaluate.measure(lambda: torch.empty(megabytes * 2**18).sum(), torch.device("cpu"), 3)
-    assert peak == pytest.approx(megabytes, rel=0.01)
-    assert evaluate.measure(lambda: time.sleep(0.05), torch.device("cpu"), 3)[0] == pytest.approx(0.05, rel=0.5)
+    cpu, megabytes = torch.device("cpu"), 8
+    allocate, sleep = lambda: torch.empty(megabytes * 2**18).sum(), lambda: time.sleep(0.05)
+    (_, peak), (seconds, none) = evaluate.measure([allocate, sleep], cpu, 3)
+    assert peak == pytest.approx(megabytes, rel=0.01) and none == 0
+    assert seconds == pytest.approx(0.05, rel=0.5)
     begin = time.perf_counter()
-    evaluate.measure(lambda: time.sleep(0.05), torch.device("cpu"), 1000, limit=0.2)
+    evaluate.measure([sleep], cpu, 1000, limit=0.2)
     assert time.perf_counter() - begin < 2
 
 
