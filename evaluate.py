@@ -11,6 +11,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -32,10 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torch_fidelity import metric_isc, metric_kid, metric_prc
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
@@ -217,15 +216,24 @@ def open_npz(path: Path) -> tuple[Pictures | None, dict | None]:
     return None if images is None else array_pictures(str(path), images.transpose(0, 3, 1, 2)), stats
 
 
-def open_reference(a, net, tag) -> Reference:
+def open_reference(a, net, tag, wanted: int) -> Reference:
     """The reference in any form, computed once: features lie in a.cache under content, preprocessing and weights.
 
     a.reference      what `open_pictures` or `open_npz` reads, or .safetensors from the cache.
     a.reference_num  use this many of its pictures, always the same ones; None = all.
+    wanted           pictures to compare with it; fewer in the reference are an error, but for published statistics.
     """
+
+    def enough(name, n):
+        if n < wanted:
+            way = f"ask for --num {n} or fewer, or give a larger one"
+            raise UserError(f"--num {wanted}: the reference {name} has {n} pictures; {way}")
+
     path, stats = Path(a.reference).expanduser(), None
     if path.suffix == ".safetensors":
-        return read_features(path, tag)
+        known = read_features(path, tag)
+        enough(path, known.n)
+        return known
     if path.suffix == ".npz":
         pictures, stats = open_npz(path)
         if pictures is None:
@@ -235,6 +243,8 @@ def open_reference(a, net, tag) -> Reference:
     n = pictures.n if a.reference_num is None else a.reference_num
     if not 2 <= n <= pictures.n:
         raise UserError(f"--reference_num {n}: {pictures.name} holds {pictures.n} pictures; ask for 2 to {pictures.n}")
+    if stats is None:
+        enough(pictures.name, n)
     key = hashlib.sha256(json.dumps([pictures.key, pictures.preprocessing, n, EXTRACTOR, tag]).encode()).hexdigest()
     file = Path(a.cache) / f"{key[:16]}.safetensors"
     if not file.is_file():
@@ -269,13 +279,13 @@ def metrics(features, scores, reference: Reference, device) -> dict:
     if reference.features is not None:
         fewest = min(len(features), reference.n)
         subset = 1000 if fewest >= 1000 else fewest // 2                        # of all of them, the sd would be 0
-        got = kid_features_to_metric(features, reference.features, kid_subset_size=subset, verbose=False)
+        got = metric_kid.kid_features_to_metric(features, reference.features, kid_subset_size=subset, verbose=False)
         out |= {"KID": got["kernel_inception_distance_mean"], "KID sd": got["kernel_inception_distance_std"]}
         pair = features.to(device), reference.features.to(device)
-        out |= prc_features_to_metric(*pair, save_cpu_ram=True, verbose=False)
+        out |= metric_prc.prc_features_to_metric(*pair, save_cpu_ram=True, verbose=False)
         del out["f_score"]
     if scores is not None and scores.any():                                     # all zero where there is no classifier
-        out["IS"] = isc_features_to_metric(scores)["inception_score_mean"]
+        out["IS"] = metric_isc.isc_features_to_metric(scores)["inception_score_mean"]
     return out
 
 
@@ -345,11 +355,11 @@ def fid(a):
     n, first = a.num, True
     if a.images:
         pictures = open_pictures(a.images, a.side)
-        n, results = pictures.n if n is None else n, Path(a.images)
+        n, results = pictures.n if n is None else n, Path(a.cache if a.images == "demo" else a.images)
         if not 10 <= n <= pictures.n:
             raise UserError(f"--num {n}: {a.images} holds {pictures.n} pictures; ask for 10 to {pictures.n}")
         how = dict(images=a.images, size=list(pictures.read(0).shape[1:]))
-        rows = [(dict(row=results.name[-23:], steps=None, NFE=None), how, lambda: pictures)]
+        rows = [(dict(row=Path(a.images).name[-23:], steps=None, NFE=None), how, lambda: pictures)]
     else:
         n = 50000 if n is None else n
         if n < 10:
@@ -362,10 +372,7 @@ def fid(a):
         rows, results = sampled_rows(a, n)
     if first:
         net, tag = load_extractor(a.inception, a.device)
-        reference = open_reference(a, net, tag)
-        if reference.features is not None and reference.n < n:
-            rule = f"the reference {reference.name} has {reference.n} pictures"
-            raise UserError(f"--num {n}: {rule}; ask for --num {reference.n} or fewer, or give a larger one")
+        reference = open_reference(a, net, tag, n)
         for _, how, _ in rows:
             if reference.size and how["size"] != reference.size:
                 rule = f"pictures are {how['size']}, those of the reference {reference.size} (height, width)"
@@ -527,30 +534,35 @@ def measure(actions, device, repeats: int, limit: float = 20.0) -> list[tuple[fl
     """Median seconds of each action() after warm-up, and the peak MiB it allocates beyond what was there.
 
     They take turns, so that what else the machine does falls on all alike: at least one turn, at most `repeats`, none
-    begun after `limit` seconds per action.
+    begun after `limit` seconds per action. What the device has no memory for is nan.
     """
-    cuda, peaks, times = device.type == "cuda", [], []
+    cuda, peaks, times, actions = device.type == "cuda", [], [], list(actions)
     wait = (lambda: torch.cuda.synchronize(device)) if cuda else lambda: None
-    for action in actions:
-        action()
-        if cuda:
-            wait()
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
+    for i, action in enumerate(actions):
+        try:
             action()
-            wait()
-            peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
-        else:                                                                   # the allocator's own events
-            with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            if cuda:
+                wait()
+                before = torch.cuda.memory_allocated(device)
+                torch.cuda.reset_peak_memory_stats(device)
                 action()
-            events = sorted((e.start_ns(), e.nbytes()) for e in profile.kineto_results.events() if e.name() == "[memory]")
-            peaks.append(float(np.cumsum([size for _, size in events]).max(initial=0)) / 2**20)
+                wait()
+                peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+            else:                                                               # the allocator's own events
+                with torch.autograd.profiler.profile(profile_memory=True) as profile:
+                    action()
+                events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+                held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+                peaks.append(float(held.max(initial=0)) / 2**20)
+        except torch.OutOfMemoryError:
+            actions[i] = None
+            peaks.append(math.nan)
     begin = time.perf_counter()
     while not times or len(times) < repeats and time.perf_counter() - begin < limit * len(peaks):
         times.append([])
         for action in actions:
-            start = time.perf_counter()
-            action()
+            start = time.perf_counter() if action else math.nan
+            action and action()
             wait()
             times[-1].append(time.perf_counter() - start)
     return [(statistics.median(column), peak) for column, peak in zip(zip(*times), peaks)]
@@ -579,7 +591,8 @@ def plain_jvp(net, row, x, eps, t, r, y):
 def derivative_rows(model, low, row, h, inputs, repeats):
     """The paper's Table 2 on the samples with r < t: `low` computes as training does, `model` is its fp32 twin."""
     net, device = train.see(low, row), inputs[0].device
-    exact = transition.exact_derivative(train.see(model, row), row, *inputs)
+    parts = zip(*(v.split(32) for v in inputs))                                 # its attention takes memory
+    exact = torch.cat([transition.exact_derivative(train.see(model, row), row, *part) for part in parts])
     halves = lambda *args: torch.cat([net(*half) for half in zip(*(v.chunk(2) for v in args))])
     ways = {
         "DDE, one pass": lambda: transition.finite_difference(net, row, *inputs, h),
@@ -589,7 +602,7 @@ def derivative_rows(model, low, row, h, inputs, repeats):
     }
     for (name, way), (seconds, peak) in zip(ways.items(), measure(ways.values(), device, repeats)):
         with FlopCounterMode(display=False) as counter:
-            error = float((way() - exact).norm() / exact.norm())
+            error = math.nan if math.isnan(seconds) else float((way() - exact).norm() / exact.norm())
         yield dict(derivative=name, ms=1e3 * seconds, GFLOPs=counter.get_total_flops() / 1e9, MiB=peak, error=error)
 
 
@@ -627,7 +640,7 @@ def training_rows(model, row, cfg, h, flops, rates, bf16, x, y, repeats):
         once, useful = once or seconds, 3 * len(x) * forward + extra
         shares = {f"of {k}": useful / seconds / rate for k, rate in rates.items()}
         cost = {"ms": 1e3 * seconds, "x diffusion": seconds / once, "images/s": len(x) / seconds}
-        yield dict(step=name) | cost | {"MiB": kept + peak, "useful GFLOP": useful / 1e9} | shares
+        yield dict(step=name) | cost | {"MiB": kept + peak, "GFLOPs": useful / 1e9} | shares
 
 
 def sampling_rows(networks, row, shape, steps, batch, flops, rates, device, repeats):
@@ -693,7 +706,7 @@ def speed_tables(a, cfg, device):
         title = f"df/dt of {len(inputs[0])} pictures in {kind}, h {h:g}. FLOPs by torch's counter, error to fp32 JVP"
         rows = derivative_rows(networks["fp32"], networks[kind], row, h, inputs, a.repeats)
         out["derivative"] = table(title, rows)
-    title = f"An update on {n} pictures in {kind}, compile {cfg.compile}. Shares of the matmul rates above"
+    title = f"An update on {n} pictures in {kind}, compile {cfg.compile}. Useful FLOPs, their share of the matmul rates"
     out["training"] = table(title, training_rows(model, row, cfg, h, flops, rates[kind], bf16, x, y, a.repeats))
     count = a.sample_batch or (n if cuda else min(n, 16))
     rows = sampling_rows(networks, row, shape, a.steps, count, flops, rates, device, a.repeats)
