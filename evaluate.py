@@ -133,7 +133,7 @@ def load_extractor(path, device):
             torch.load(path, map_location="cpu", weights_only=True)             # refuses code, which the library runs
         return create_feature_extractor(EXTRACTOR, [FEATURES, SCORES], **wanted), digest(path) if path else "default"
     except OSError as error:
-        raise UserError(f"--inception {path}: not read or fetched ({error}); give torch-fidelity's weights") from error
+        raise UserError(f"Inception's weights ({path}) not read or fetched: {error}; give --inception PATH") from error
     except Exception as error:                                                  # as many kinds as there are wrong files
         why = " ".join(str(error).split())[:200]
         raise UserError(f"--inception {path}: not torch-fidelity's weights of {EXTRACTOR} ({why})") from error

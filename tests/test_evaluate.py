@@ -261,7 +261,7 @@ BAD = {
     "statistics of another network": (["--images", "a", "--reference", "wide.npz"], "statistics of 30 features"),
     "no npz": (["--images", "a", "--reference", "missing.npz"], "not a readable"),
     "not cached features": (["--images", "a", "--reference", "tiny.pth.safetensors"], "not cached features"),
-    "no weights": (["--images", "a", "--reference", "b", "--inception", "gone.pth"], "--inception gone.pth"),
+    "no weights": (["--images", "a", "--reference", "b", "--inception", "gone.pth"], r"\(gone.pth\) not read"),
     "no checkpoint": (["--checkpoint", "gone", "--reference", "b"], "--checkpoint gone"),
 }
 
