@@ -84,14 +84,15 @@ class LabelEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Features of a text encoder to cross-attention tokens. (B, L, caption) -> (B, L, D)."""
+    """Features of a text encoder to cross-attention tokens of unit variance. (B, L, caption) -> (B, L, D)."""
 
     def __init__(self, caption, width):
         super().__init__()
         self.norm, self.mlp = nn.LayerNorm(caption, eps=1e-5), SwiGLU(caption, 4 * width, width)
+        self.last = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)     # no weights, so it loads nothing
 
     def forward(self, features):
-        return self.mlp(self.norm(features.to(self.norm.weight.dtype)))
+        return self.last(self.mlp(self.norm(features.to(self.norm.weight.dtype))))
 
 
 @lru_cache(maxsize=64)
@@ -275,7 +276,7 @@ class TiM(nn.Module):
                 tokens = self.projector(x)
         x = self.final_layer(x, c)                                              # (B, h w, p p C)
         x = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (h, w))   # (B, h, w, p, p, C)
-        f = x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                # (B, C, h p, w p)
+        f = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, h * self.patch, w * self.patch)  # (B, C, h p, w p)
         return (f, tokens) if aligned else f
 
 

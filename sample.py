@@ -50,7 +50,7 @@ def load(path, device="cpu") -> tuple[TiM, Transport, dict]:
             state, config = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("tim", "null"))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error
-    if config is None:
+    if not isinstance(config, dict) or not {"model", "data", "train"} <= config.keys():
         raise UserError(f"{file}: no TiM configuration in its metadata; give a file that train.py or --export wrote")
     with torch.device("meta"):
         model = TiM(**config["model"])
@@ -83,9 +83,9 @@ def newest(runs="runs") -> Path:
 # The sampler
 
 
-def initial_noise(shape, seed: int, index, device="cpu") -> Tensor:
-    """N(0, I), (len(index), *shape) float32. Image i's noise is a function of (seed, i) alone."""
-    return torch.stack([torch.randn(*shape, generator=data.rng(seed, i)) for i in index]).to(device)
+def initial_noise(shape, seed: int, index, device="cpu", *step: int) -> Tensor:
+    """N(0, I), (len(index), *shape) float32. Image i's noise is a function of (seed, i), and of the step if given."""
+    return torch.stack([torch.randn(*shape, generator=data.rng(seed, i, *step)) for i in index]).to(device)
 
 
 def guided(y, null):
@@ -156,7 +156,8 @@ def images(model, row, config, index: list[int], seed: int, steps, classes: list
     device = next(model.parameters()).device
     z = initial_noise(config["data"]["shape"], seed, index, device)
     y = torch.tensor([class_of(i, classes) for i in index], device=device)
-    return data.to_pixels(config["data"], generate(model, row, z, y, steps, **options))
+    noise = lambda k: initial_noise(config["data"]["shape"], seed, index, device, k)
+    return data.to_pixels(config["data"], generate(model, row, z, y, steps, noise=noise, **options))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,6 +186,10 @@ def parse_arguments(argv=None):
 def main(argv=None):
     a = parse_arguments(argv)
     path = a.checkpoint or newest()
+    try:
+        torch.empty(0, device=a.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
     model, row, config = load(path, a.device)
     if (a.precision or ("bf16" if a.device.startswith("cuda") else "fp32")) == "bf16":
         lower_precision(model)
@@ -193,9 +198,16 @@ def main(argv=None):
     for k in classes:
         if not 0 <= k < known:
             raise UserError(f"--classes {k}: {path} knows classes 0 to {known - 1}")
-    for name, value, least in (("steps", min(a.steps), 1), ("batch", a.batch, 1), ("num", a.num or 1, 1)):
-        if value < least:
-            raise UserError(f"--{name} {value}: at least {least}")
+    asked = dict(steps=(min(a.steps), 1), batch=(a.batch, 1), seed=(a.seed, 0), stochastic=(a.stochastic, 0))
+    if a.num is not None:
+        asked["num"] = (a.num, 1)
+    for name, (value, bound) in asked.items():
+        if not value >= bound:
+            raise UserError(f"--{name} {value:g}: at least {bound}")
+    if not 0 <= a.interval[0] <= a.interval[1] <= 1:
+        raise UserError(f"--interval {a.interval[0]:g} {a.interval[1]:g}: two rising fractions within 0 and 1")
+    if a.num is None and a.out and not a.out.endswith(".png"):
+        raise UserError(f"--out {a.out}: a grid goes into one .png file; give such a name, or --num for many pictures")
     guidance = config["train"]["guidance"] if a.guidance is None else a.guidance
     if guidance != 1 and not config["train"]["drop"]:
         raise UserError(f"--guidance {guidance:g}: {path} was trained with --drop 0 and knows no condition to guide from; use 1")
@@ -203,6 +215,7 @@ def main(argv=None):
     if a.num is None:
         rows = [images(model, row, config, range(len(classes)), a.seed, n, classes, **options) for n in a.steps]
         out = Path(a.out or "samples.png")
+        out.parent.mkdir(parents=True, exist_ok=True)
         data.grid(np.stack(rows), scale=max(1, 64 // rows[0].shape[1])).save(out)
         names = [config["data"]["classes"][k] for k in classes]
         print(f"{out}: rows {a.steps} steps, columns {', '.join(names)}, guidance {guidance:g}, from {path}")
@@ -219,12 +232,15 @@ def many(model, row, config, a, classes, options):
         folder = Path(a.out) / (f"steps_{n}" if len(a.steps) > 1 else "")
         folder.mkdir(parents=True, exist_ok=True)
         todo = [i for i in range(rank, a.num, world) if not (folder / f"{i:06}.png").exists()]
+        writes = []
         with ThreadPoolExecutor(2) as pool, tqdm(total=len(todo), desc=f"{n} steps", disable=rank > 0, unit="img") as bar:
             for start in range(0, len(todo), a.batch):
                 index = todo[start : start + a.batch]
                 for i, pixels in zip(index, images(model, row, config, index, a.seed, n, classes, **options)):
-                    pool.submit(write_png, pixels, folder / f"{i:06}.png")
+                    writes.append(pool.submit(write_png, pixels, folder / f"{i:06}.png"))
                 bar.update(len(index))
+        for write in writes:
+            write.result()                                                      # raises what the thread met
     if rank == 0:
         print(f"{a.out}: {a.num} pictures at {a.steps} steps, guidance {options['guidance']:g}")
 

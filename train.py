@@ -14,12 +14,14 @@ import sys
 import time
 import types
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -29,12 +31,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 from data import UserError
-from model import SIZES, TiM
-from sample import generate, initial_noise, save
+from model import SIZES, TiM, lower_precision
+from sample import fill, generate, initial_noise, load, save
 from transition import (
     KERNELS,
     TAUS,
@@ -95,9 +98,10 @@ class Config:
     guide_high: float = opt(1.0, "model guidance up to this fraction")
     drop: float = opt(0.1, "share of conditions dropped")
     # optimisation
+    init: str = opt("", "start from the weights of this run folder or file")
     steps: int = opt(1000, "length of training in updates")
     batch: int = opt(128, "pictures per update, over all ranks")
-    accumulate: int = opt(1, "micro-batches per update")
+    accumulate: int = opt(1, "micro-batches per update and rank")
     lr: float = opt(2e-3, "AdamW learning rate")
     warmup: int = opt(100, "updates of linear warm-up")
     decay: float = opt(0.0, "last share of the updates in which the rate falls linearly to zero")
@@ -107,42 +111,72 @@ class Config:
     ema: float = opt(0.9999, "decay of the averaged weights, approached as (1 + n) / (10 + n)")
     # machine
     precision: str = opt("auto", "of attention and MLP; auto = bf16 on GPUs", ("auto", "fp32", "bf16"))
+    reduce: str = opt("fp32", "gradients are summed over ranks in", ("fp32", "bf16"))
+    replicate: int = opt(1, "copies of the sharded network, such as one per node; must divide the number of ranks")
+    checkpointing: bool = opt(False, "recompute each block's activations in the backward pass")
     compile: bool = opt(False, "compile the blocks")
-    device: str = opt("auto", "auto = cuda, mps, cpu, the first that is there")
+    device: str = opt("auto", "auto = the first there is", ("auto", "cuda", "mps", "cpu"))
     # run
     name: str = opt("", "folder under runs/, default the preset's name")
     runs: str = opt("runs", "folder of the run folders")
     seed: int = opt(0, "of weights, data order, noise and times")
     log_every: int = opt(50, "updates per log line")
     save_every: int = opt(1000, "updates per checkpoint; one is written at the end in any case")
-    keep: int = opt(2, "checkpoints to keep")
+    keep: int = opt(2, "newest checkpoints to keep")
+    keep_every: int = opt(0, "keep checkpoints at multiples of this many updates as well, 0 = none")
+    tensorboard: bool = opt(False, "write tensorboard events into the run folder, too")
     sample_every: int = opt(0, "updates per sample grid, 0 = at the end only")
     guidance: float = opt(1.0, "default guidance of sampling")
 
 
+IMAGENET = Config(
+    data="latents/imagenet256", channels=4, side=32, classes=1000, size="XL", patch=2,
+    steps=750_000, batch=512, lr=2e-4, warmup=0, compile=True, log_every=100, save_every=5_000, keep_every=50_000,
+    sample_every=10_000, guidance=2.5,
+)  # fmt: skip
+LATENT_512 = dict(data="latents/imagenet512", channels=32, side=16, patch=1, guidance=3.0)
+GUIDED = dict(guide_gt=1.0, guide_cond=0.75, guide_low=0.3, guide_high=0.8, guidance=1.0)
 PRESETS = {
-    "demo": Config(),
+    # 10,000 pictures, 14 epochs, about 5 minutes on two cores
+    "demo": Config(
+        patch=7, steps=2200, batch=64, time_mean=0.0, time_std=1.6, cosine=False, guide_gt=2.0, ema=0.998, decay=0.2, log_every=20,
+    ),
+    # images = steps x batch, epochs = images / 1,281,167; for bytes per rank see --dry_run
+    "imagenet_b": replace(IMAGENET, size="B", patch=4, steps=100_000, batch=1024, lr=4e-4),
+    "imagenet_xl": IMAGENET,
+    "imagenet_xl_512": replace(IMAGENET, **LATENT_512),
+    "imagenet_xl_guided": replace(IMAGENET, **GUIDED),
+    "imagenet_xl_512_guided": replace(IMAGENET, **(LATENT_512 | GUIDED)),
 }
-FREE = {"steps", "log_every", "save_every", "sample_every", "keep", "keep_every", "guidance", "device", "compile", "runs", "name"}
+FREE = set(  # what a resumed run may change
+    "steps log_every save_every sample_every keep keep_every guidance device compile runs name tensorboard init "
+    "checkpointing reduce replicate".split()
+)
 GRID_STEPS = (1, 2, 4, 8, 32)
 
 
-def parse_config(argv=None) -> Config:
-    """--config NAME picks a preset, --FIELD VALUE replaces one field; argparse refuses the rest with exit status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+def parse_config(argv=None) -> tuple[Config, int]:
+    """--config NAME picks a preset, --FIELD VALUE replaces one field, argparse refuses the rest with exit status 2.
+
+    returns  the configuration, and the number of ranks of a --dry_run (0 = train).
+    """
+    form = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=form)
     parser.add_argument("--config", choices=PRESETS, default="demo", help="preset to start from (default demo)")
+    parser.add_argument("--dry_run", action="store_true", help="say what the run would be and take, and stop")
+    parser.add_argument("--world_size", type=int, default=1, help="number of ranks to work that out for (default 1)")
     for f in fields(Config):
         text = f"{f.metadata['help']} (default {f.default})"
         if f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            how = dict(action=argparse.BooleanOptionalAction)
         else:
-            kind = float if isinstance(f.type, types.UnionType) else f.type
-            choices = f.metadata["choices"]
-            parser.add_argument(f"--{f.name}", type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
+            how = dict(type=float if isinstance(f.type, types.UnionType) else f.type, choices=f.metadata["choices"])
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
-    preset = given.pop("config")
+    preset, dry, world = given.pop("config"), given.pop("dry_run"), given.pop("world_size")
     cfg = replace(PRESETS[preset], **given)
-    return check(replace(cfg, name=cfg.name or preset))
+    cfg = check(replace(cfg, name=cfg.name or preset))
+    return cfg, world if dry else 0
 
 
 def check(cfg: Config) -> Config:
@@ -155,7 +189,7 @@ def check(cfg: Config) -> Config:
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: a share lies in [0, 1]")
     if cfg.share_diffusion + cfg.share_consistency > 1:
-        raise UserError(f"--share_diffusion {cfg.share_diffusion} and --share_consistency {cfg.share_consistency} exceed 1")
+        raise UserError(f"--share_diffusion {cfg.share_diffusion} --share_consistency {cfg.share_consistency}: over 1")
     if (cfg.guide_gt, cfg.guide_cond) != (1, 0) and not cfg.drop:
         raise UserError("--guide_gt and --guide_cond need a network that knows no condition: give --drop 0.1")
     if "/" in cfg.name or cfg.name.startswith("."):
@@ -183,7 +217,7 @@ def see(model, row):
 
 
 def guide(ema, row, cfg, x, eps, t, y, null):
-    """(x, eps) whose residual is guided by the averaged network, where t is in range and the condition was not dropped."""
+    """(x, eps) with a residual guided by the averaged network, where t is in range and the condition not dropped."""
     with torch.no_grad():
         x_t, f_cond = interpolate(row, x, eps, t), None
         if cfg.guide_cond:
@@ -200,8 +234,8 @@ def guide(ema, row, cfg, x, eps, t, y, null):
 def objective(model, ema, row, cfg, h, x, y, rng):
     """The paper's algorithm on one micro-batch.
 
-    x (B, C, H, W) of unit variance, y (B,), rng owns all chance. Returns the loss to descend (0-d), the raw loss l (B,),
-    t and r (B,).
+    x (B, C, H, W) of unit variance, y (B,), rng owns all chance.
+    Returns the loss to descend (0-d), the raw loss l (B,), t and r (B,).
     """
     null = torch.full_like(y, model.classes)
     y = torch.where(torch.rand(len(y), generator=rng, device=x.device) < cfg.drop, null, y)
@@ -223,9 +257,10 @@ def objective(model, ema, row, cfg, h, x, y, rng):
 
 
 def train_step(model, ema, optimizer, row, cfg, h, step, batch, slots):
-    """One update. batch: an (x, y) per slot of this rank, slots: their numbers. Returns 0-d and (B,) tensors, no host sync.
+    """One update, without a host sync. batch: an (x, y) per slot of this rank; slots: their numbers.
 
     Chance is a function of (seed, step, slot): two ranks of one slot and one rank of two draw the same.
+    Returns the gradient norm (0-d), and of this rank's pictures raw loss, t and r.
     """
     losses = []
     for k, (slot, (x, y)) in enumerate(zip(slots, batch)):
@@ -264,8 +299,8 @@ def update_average(ema, model, decay: float) -> None:
 # Many ranks
 
 
-def connect(device: str):
-    """Join the ranks that torchrun started, or be the only one. Returns the device; rank and world are torch.distributed's."""
+def connect(device: str) -> torch.device:
+    """Join the ranks that torchrun started, or be the only one. Returns the device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda":
@@ -276,17 +311,23 @@ def connect(device: str):
     return torch.device(device)
 
 
-def shard(model, mesh, bf16: bool):
-    """FSDP2, a unit per block: fp32 master weights and gradient reduction, attention and MLP computed in bf16.
+def shard(model, mesh, cfg: Config, bf16: bool):
+    """FSDP2, a unit per block: fp32 master weights, attention and MLP computed in bf16.
 
     adaLN is a unit of its own and stays fp32, and inputs are never cast: a bf16 t would turn t +- h into noise.
     """
-    fp32 = MixedPrecisionPolicy(cast_forward_inputs=False)
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reduce = torch.bfloat16 if cfg.reduce == "bf16" else torch.float32
+    whole = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+    half = replace(whole, param_dtype=torch.bfloat16) if bf16 else whole
     for block in model.blocks:
-        fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=fp32)
-        fully_shard(block, mesh=mesh, mp_policy=half if bf16 else fp32)
-    return fully_shard(model, mesh=mesh, mp_policy=fp32, reshard_after_forward=True)
+        if cfg.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            block.compile()
+        if mesh is not None:
+            fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=whole)
+            fully_shard(block, mesh=mesh, mp_policy=half)
+    return model if mesh is None else fully_shard(model, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
 
 
 def first_rank(action, *args) -> None:
@@ -335,27 +376,26 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob("step_*") if p.suffix != ".tmp")
 
 
-def write_checkpoint(run: Path, step: int, model, ema, optimizer, record: dict, keep: int) -> None:
-    """Write aside, rename when complete, then let go of the oldest: at any moment the last complete one is there."""
+def write_checkpoint(run: Path, step: int, model, ema, optimizer, record: dict) -> None:
+    """Write aside, rename when complete, then let go of old ones: at any moment the last complete one is there."""
     final = run / "checkpoints" / f"step_{step:08d}"
-    aside = final.with_suffix(".tmp")
-    if final.is_dir():
-        return
+    aside, record = final.with_suffix(".tmp"), record | dict(step=step)
     first_rank(lambda: shutil.rmtree(aside, ignore_errors=True))
     try:
         dcp.save(training_state(model, ema, optimizer), checkpoint_id=aside)
-    except dcp.api.CheckpointException as error:
-        raise UserError(f"{aside}: not written ({error}); the older checkpoints are whole. Free the disk, run again") from error
+    except CheckpointException as error:
+        raise UserError(f"{aside} not written ({error}); older ones are whole. Free the disk, run again") from error
     whole = get_model_state_dict(ema, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def finish():
-        save(aside / "ema.safetensors", whole, record | dict(step=step))
-        (aside / "config.json").write_text(json.dumps(record | dict(step=step), indent=1))
+        save(run / "ema.safetensors", whole, record)
+        (aside / "config.json").write_text(json.dumps(record, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
-        shutil.copyfile(final / "ema.safetensors", run / "ema.safetensors.tmp")
-        os.replace(run / "ema.safetensors.tmp", run / "ema.safetensors")
+        keep, every = record["train"]["keep"], record["train"]["keep_every"]
         for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+            if not every or int(old.name[5:]) % every:
+                shutil.rmtree(old)
 
     first_rank(finish)
 
@@ -369,14 +409,17 @@ def resume(run: Path, model, ema, optimizer, record: dict) -> int:
     if not found:
         return 0
     old = json.loads((found[-1] / "config.json").read_text())
-    for name in sorted(old["train"].keys() | record["train"].keys()):
-        was, now = old["train"].get(name), record["train"].get(name)
-        if name not in FREE and was != now:
-            raise UserError(f"{found[-1]} was trained with {name}={was}, not {now}; set --{name} back, or use a new --name")
-    if old["model"] != record["model"]:
-        raise UserError(f"{found[-1]} holds another network: {old['model']}, not {record['model']}; use a new --name")
+    for part, free in (("train", FREE), ("model", set()), ("data", {"mean", "std"})):
+        for name in sorted(old[part].keys() | record[part].keys()):
+            was, now = old[part].get(name), record[part].get(name)
+            if name not in free and was != now:
+                rule = f"{found[-1]} was trained with {part} {name} = {was}, not {now}"
+                raise UserError(f"{rule}; set it back or use a new --name")
     state = training_state(model, ema, optimizer)
-    dcp.load(state, checkpoint_id=found[-1])
+    try:
+        dcp.load(state, checkpoint_id=found[-1])
+    except (CheckpointException, OSError) as error:
+        raise UserError(f"{found[-1]} cannot be read ({error}); remove it to go on from the one before") from error
     set_model_state_dict(model, state["model"])
     set_model_state_dict(ema, state["ema"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -384,45 +427,76 @@ def resume(run: Path, model, ema, optimizer, record: dict) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run
+# The log
 
 EDGES = (0.0, 0.25, 0.5, 0.75)  # bins of (t - r) over the row's range: r = t, then four quarters
+BINS = ("loss_equal", "loss_25", "loss_50", "loss_75", "loss_100")
 
 
-class Meter:
-    """Sums since the last log line, on the device: raw loss by length of the interval, gradient norm."""
+class Log:
+    """Sums on the device since the last line; a line on the screen and in log.jsonl on rank 0."""
 
-    def __init__(self, row, device):
-        self.span, self.edges = row.t_max - row.t_min, torch.tensor(EDGES, device=device)
-        self.sums = torch.zeros(2, len(EDGES) + 1, device=device)
-        self.norm, self.steps, self.waited, self.began = torch.zeros((), device=device), 0, 0.0, time.perf_counter()
+    def __init__(self, run: Path, cfg: Config, row, device, begin: int, first: dict):
+        self.cfg, self.span, self.edges = cfg, row.t_max - row.t_min, torch.tensor(EDGES, device=device)
+        self.first, terminal = dist.get_rank() == 0, sys.stderr.isatty()
+        self.bar = tqdm(total=cfg.steps, initial=begin, disable=not (self.first and terminal), dynamic_ncols=True)
+        self.lines, self.board = self.first and not terminal, None
+        if self.first:
+            self.file = (run / "log.jsonl").open("a")
+            self.write(first)
+            if cfg.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-    def add(self, norm, loss, t, r, waited):
-        bins = torch.bucketize((t - r) / self.span, self.edges)
-        self.sums.index_add_(1, bins, torch.stack([loss, torch.ones_like(loss)]))
-        self.norm += norm
-        self.steps, self.waited = self.steps + 1, self.waited + waited
+                self.board = SummaryWriter(run)
+        self.clear()
 
-    def read(self) -> dict:
-        """Averages over all ranks; every rank must call it."""
+    def clear(self):
+        self.sums = torch.zeros(2, len(BINS), device=self.edges.device)         # loss and count by length
+        self.norm, self.steps, self.waited, self.began = 0.0, 0, 0.0, time.perf_counter()
+
+    def write(self, line: dict):
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def add(self, norm, loss, t, r, waited: float):
+        place = torch.bucketize((t - r) / self.span, self.edges)
+        self.sums.index_add_(1, place, torch.stack([loss, torch.ones_like(loss)]))
+        self.norm, self.steps, self.waited = self.norm + norm, self.steps + 1, self.waited + waited
+        self.bar.update()
+
+    def flush(self, step: int):
+        """Averages over all ranks since the last line; every rank must call it."""
         dist.all_reduce(self.sums)
         (loss, count), spent = self.sums.tolist(), time.perf_counter() - self.began
-        names = ["loss_equal"] + [f"loss_{int(100 * e)}" for e in EDGES[1:]] + ["loss_100"]
-        by_length = {n: s / c if c else None for n, s, c in zip(names, loss, count)}
-        means = dict(loss=sum(loss) / sum(count), **by_length, grad_norm=float(self.norm) / self.steps)
-        return means | dict(images_per_s=sum(count) / spent, waiting=self.waited / spent)
+        line = dict(step=step, loss=sum(loss) / sum(count), grad_norm=float(self.norm) / self.steps)
+        line |= {name: a / b for name, a, b in zip(BINS, loss, count) if b}
+        line |= dict(images_per_s=sum(count) / spent, waiting=self.waited / spent, lr=learning_rate(self.cfg, step - 1))
+        if self.edges.is_cuda:
+            line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.clear()
+        if not self.first:
+            return
+        self.write(line)
+        self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.0f} img/s")
+        if self.lines:
+            left = (self.cfg.steps - step) * self.cfg.batch / line["images_per_s"]
+            figures = f"loss {line['loss']:.4f}  norm {line['grad_norm']:.3f}  {line['images_per_s']:.0f} img/s"
+            print(f"step {step} of {self.cfg.steps}  {figures}  {left:.0f} s left", flush=True)
+        if self.board:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, step)
 
 
-def stop_on_nonfinite(step, seen, rank):
-    """Every rank knows that the gradient was not finite; say where, on all of them."""
+def fail_nonfinite(step: int, seen) -> None:
+    """The gradient was not finite, as every rank knows; say at which loss, t and r, on all of them."""
     loss, t, r = (v.tolist() for v in seen)
-    bad = [f"rank {rank}: l={a:g} at t={b:.6f}, r={c:.6f}" for a, b, c in zip(loss, t, r) if not math.isfinite(a)]
-    parts = [None] * dist.get_world_size()
+    rank, parts = dist.get_rank(), [None] * dist.get_world_size()
+    bad = [f"rank {rank}: l = {a:g}, t = {b:.6f}, r = {c:.6f}" for a, b, c in zip(loss, t, r) if not math.isfinite(a)]
     dist.all_gather_object(parts, bad)
-    bad = [line for part in parts for line in part] or ["all losses were finite, the gradient was not"]
+    where = [line for part in parts for line in part] or [f"finite losses, t up to {max(t):.6f}, r down to {min(r):.6f}"]
     raise UserError(
-        f"step {step}: loss or gradient is not finite ({'; '.join(bad[:4])}). Nothing of it was saved; the last checkpoint "
-        "is good. Try a lower --lr, --precision fp32, or look at the data"
+        f"step {step}: the gradient is not finite ({'; '.join(where[:4])}). Nothing of it was saved, the last checkpoint "
+        "is good. Try a lower --lr or --precision fp32, and look at the data"
     )
 
 
@@ -432,122 +506,167 @@ def sample_grid(model, row, spec, cfg, path: Path, columns: int = 10) -> None:
     z = initial_noise(spec["shape"], cfg.seed, range(columns), device)
     y = torch.arange(columns, device=device) % len(spec["classes"])
     rows = [data.to_pixels(spec, generate(model, row, z, y, n, cfg.guidance)) for n in GRID_STEPS]
-    if dist.get_rank() == 0:
-        path.parent.mkdir(exist_ok=True)
-        data.grid(np.stack(rows), scale=max(1, 64 // spec["shape"][1])).save(path)
+    path.parent.mkdir(exist_ok=True)
+    first_rank(lambda: data.grid(np.stack(rows), scale=max(1, 64 // spec["shape"][1])).save(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def network_of(cfg: Config, shape, classes: int) -> dict:
+    """Arguments of TiM for pictures of `shape` (C, H, W)."""
+    if shape[1] % cfg.patch or shape[2] % cfg.patch:
+        raise UserError(f"--patch {cfg.patch}: {shape[1]}x{shape[2]} must be a multiple of it; choose another patch")
+    switches = dict(shared_time=cfg.shared_time, interval_attention=cfg.interval_attention)
+    return dict(channels=shape[0], patch=cfg.patch, **SIZES[cfg.size], classes=classes, **switches)
+
+
+def build(cfg: Config, network: dict, device, bf16: bool):
+    """The network, its average and the optimizer, sharded over all ranks."""
+    torch.manual_seed(cfg.seed)                                                 # every rank the same weights
+    model, ema = TiM(**network), TiM(**network).requires_grad_(False)
+    if cfg.init:
+        start_from(model, cfg.init)
+    ema.load_state_dict(model.state_dict())
+    world, mesh = dist.get_world_size(), None
+    if device.type != "mps":                                                    # FSDP knows no mps
+        shape, names = ((world,), None) if cfg.replicate == 1 else (
+            (cfg.replicate, world // cfg.replicate), ("replicate", "shard"))
+        mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+    model, ema = (shard(m.to(device) if mesh is None else m, mesh, cfg, bf16) for m in (model, ema))
+    rates = dict(lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6, weight_decay=cfg.weight_decay)
+    return model, ema, torch.optim.AdamW(model.parameters(), fused=device.type != "mps", **rates)
+
+
+def start_from(model, path: str) -> None:
+    """--init: weights of a run or file. With another number of classes the table's class rows start fresh (the last
+    row, no class, is kept); everything else must fit."""
+    state, table = load(path)[0].state_dict(), "y_embedder.embedding_table.weight"
+    fresh = model.state_dict()
+    if table in state and table in fresh and state[table].shape[0] != fresh[table].shape[0]:
+        state[table] = torch.cat([fresh[table][:-1], state[table][-1:]])
+    state = {k: v for k, v in state.items() if k in fresh or not k.startswith("projector.")}
+    fill(model, state | {k: v for k, v in fresh.items() if k.startswith("projector.") and k not in state}, path)
+
+
+def dry_run(cfg: Config, world: int) -> None:
+    """Print what a run on `world` ranks would be and take, from the network's shapes alone: no data, no device."""
+    if not (cfg.channels and cfg.side and cfg.classes):
+        raise UserError(f"--dry_run does not open --data {cfg.data}: give --channels, --side and --classes")
+    network, share = network_of(cfg, (cfg.channels, cfg.side, cfg.side), cfg.classes), cfg.batch // (world * cfg.accumulate)
+    with torch.device("meta"):
+        model = TiM(**network)
+        x, t, y = torch.empty(share, cfg.channels, cfg.side, cfg.side), torch.empty(share), torch.empty(share).long()
+    saved, own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+    tokens = (cfg.side // cfg.patch) ** 2
+
+    def count(v):                                                               # flash attention keeps no N x N matrix
+        if v.untyped_storage()._cdata not in own and v.shape[-2:] != (tokens, tokens):
+            saved[v.untyped_storage()._cdata] = v
+        return v
+
+    if cfg.precision != "fp32":
+        lower_precision(model)
+        own |= {p.untyped_storage()._cdata for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda v: v):
+        model(x, t, t, y)
+    n, gib = sum(p.numel() for p in model.parameters()), 2**30
+    activations, unit = sum(v.nbytes for v in saved.values()), sum(p.numel() for p in model.blocks[0].parameters())
+    if cfg.checkpointing:
+        depth, inputs = len(model.blocks), 4 * share * tokens * SIZES[cfg.size]["width"]
+        activations = activations // depth + depth * inputs
+    shards, images = world // cfg.replicate, cfg.steps * cfg.batch
+    print(f"{cfg.name}: {cfg.size}/{cfg.patch}, {n:,} parameters in {len(list(model.parameters()))} tensors")
+    print(f"{cfg.steps:,} updates x {cfg.batch} = {images:,} images = {images / 1_281_167:.1f} epochs of ImageNet")
+    print(f"{world} ranks, {len(model.blocks)} block units in {shards} shards, {share} images a rank and micro-batch")
+    parts = dict(weights=4 * n / shards, gradients=4 * n / shards, optimizer=8 * n / shards, average=4 * n / shards)
+    parts |= {"gathered blocks": 2 * unit * (4 if cfg.precision == "fp32" else 2), "activations": activations}
+    for name, size in (parts | dict(total=sum(parts.values()))).items():
+        print(f"  {name:16} {size / gib:8.3f} GiB a rank")
 
 
 def train(cfg: Config) -> None:
+    """Train or resume; every rank of a torchrun calls it with the same configuration."""
     device = connect(cfg.device)
-    rank, world = dist.get_rank(), dist.get_world_size()
     try:
-        run_training(cfg, device, rank, world)
+        run_training(cfg, device)
     finally:
         dist.destroy_process_group()
 
 
-def run_training(cfg, device, rank, world):
+def run_training(cfg: Config, device) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
     run, row = Path(cfg.runs) / cfg.name, TRANSPORTS[cfg.transport]
-    if cfg.batch % (world * cfg.accumulate):
-        raise UserError(f"--batch {cfg.batch} must divide over {world} ranks x {cfg.accumulate} micro-batches")
+    if cfg.batch % (world * cfg.accumulate) or world % cfg.replicate:
+        rule = f"--batch {cfg.batch} must divide over {world} ranks x {cfg.accumulate} micro-batches"
+        raise UserError(f"{rule}, and {world} ranks over --replicate {cfg.replicate}")
     first_rank(lambda: (run / "checkpoints").mkdir(parents=True, exist_ok=True))
     source = data.open_data(cfg.data, (cfg.channels, cfg.side, cfg.side), cfg.classes)
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     h = difference_width(cfg, bf16)
-    network = dict(
-        channels=source.spec["shape"][0], patch=cfg.patch, **SIZES[cfg.size], classes=len(source.spec["classes"]),
-        shared_time=cfg.shared_time, interval_attention=cfg.interval_attention,
-    )  # fmt: skip
+    network = network_of(cfg, source.spec["shape"], len(source.spec["classes"]))
     record = dict(model=network, data=source.spec, train=asdict(cfg))
-
-    torch.manual_seed(cfg.seed)
-    model, ema = TiM(**network).to(device), TiM(**network).to(device).requires_grad_(False)
-    ema.load_state_dict(model.state_dict())
-    if device.type != "mps":                                                    # FSDP knows no mps
-        mesh = dist.init_device_mesh(device.type, (world,))
-        model, ema = shard(model, mesh, bf16), shard(ema, mesh, bf16)
-    if cfg.compile:
-        for block in (*model.blocks, *ema.blocks):
-            block.compile()
-    fused = device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6, weight_decay=cfg.weight_decay, fused=fused
-    )
+    model, ema, optimizer = build(cfg, network, device, bf16)
     begin = resume(run, model, ema, optimizer, record)
-    if begin >= cfg.steps:
-        if rank == 0:
-            print(f"{run}: {begin} updates are done, --steps {cfg.steps} asks for no more")
-        return
 
-    stop = []                                                                   # SIGTERM or SIGINT was seen
+    stop = []                                                                   # the signals seen
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, frame: stop.append(number))
-    slots = [rank * cfg.accumulate + k for k in range(cfg.accumulate)]
-    share = cfg.batch // (world * cfg.accumulate)
-    stream = data.batches(source, share, cfg.seed, slots, world * cfg.accumulate, begin)
-    terminal = sys.stderr.isatty()
-    bar = tqdm(total=cfg.steps, initial=begin, disable=rank > 0 or not terminal, unit="step", dynamic_ncols=True)
-    log = (run / "log.jsonl").open("a") if rank == 0 else None
-
-    def write(line: dict):
-        if log:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-
-    parameters = sum(p.numel() for p in model.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    write(dict(config=asdict(cfg), begin=begin, parameters=parameters, torch=torch.__version__, device=name, world=world, h=h))
+    weights = sum(p.numel() for p in model.parameters())
+    first = dict(config=asdict(cfg), begin=begin, parameters=weights, torch=torch.__version__, device=name, world=world)
     if rank == 0:
-        where = f"{world} x {name}, {'bf16' if bf16 else 'fp32'}, h = {h:g}"
-        print(f"{run}: {parameters:,} parameters, {len(source.labels):,} pictures {source.spec['shape']}, {where}, from update {begin}")
-    meter, check_last = Meter(row, device), None
+        what = f"{weights:,} parameters, {len(source.labels):,} pictures {source.spec['shape']}, {world} x {name}"
+        print(f"{run}: {what}, {'bf16' if bf16 else 'fp32'}, h = {h:g}, from update {begin}", flush=True)
+    log = Log(run, cfg, row, device, begin, first)
+    slots = [rank * cfg.accumulate + k for k in range(cfg.accumulate)]
+    stream = data.batches(source, cfg.batch // (world * cfg.accumulate), cfg.seed, slots, world * cfg.accumulate, begin)
+    unread, stopping = None, False
     for step in range(begin, cfg.steps):
-        waiting = time.perf_counter()
+        began = time.perf_counter()
         batch = [next(stream) for _ in slots]
-        waited = time.perf_counter() - waiting
+        waited = time.perf_counter() - began
         batch = [(x.to(device, non_blocking=True), y.to(device, non_blocking=True)) for x, y in batch]
         norm, *seen = train_step(model, ema, optimizer, row, cfg, h, step, batch, slots)
-        meter.add(norm, *seen, waited)
+        log.add(norm, *seen, waited)
 
-        # What every rank must agree on, read one step late so that no step waits for its own result.
+        # What all ranks must agree on: was anyone told to stop, is the gradient finite? Read one step late, so that
+        # no step waits for its own result, but never written to a checkpoint unread.
         status = torch.stack([torch.tensor(float(bool(stop)), device=device), (~norm.isfinite()).float()])
         dist.all_reduce(status, dist.ReduceOp.MAX)
-        last_one = step + 1 == cfg.steps
-        save_now = last_one or (step + 1) % cfg.save_every == 0
-        pending, check_last = check_last, (step, seen, later(status))
-        stopping = False
-        for s, what, status_of in [p for p in (pending, check_last if save_now else None) if p]:
-            asked, bad = status_of()
-            if bad:
-                stop_on_nonfinite(s, what, rank)
-            stopping |= bool(asked)
-
-        bar.update()
-        if (step + 1) % cfg.log_every == 0 or last_one or stopping:
-            means = meter.read() | dict(lr=learning_rate(cfg, step))
-            if device.type == "cuda":
-                means["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            meter = Meter(row, device)
-            write(dict(step=step + 1) | means)
-            bar.set_postfix_str(f"loss {means['loss']:.4f}, {means['images_per_s']:.0f} img/s")
-            if rank == 0 and not terminal:
-                left = (cfg.steps - step - 1) * cfg.batch / means["images_per_s"]
-                print(
-                    f"step {step + 1:>7} of {cfg.steps}  loss {means['loss']:8.4f}  norm {means['grad_norm']:7.3f}  "
-                    f"{means['images_per_s']:6.0f} img/s  {left:5.0f} s left", flush=True,
-                )  # fmt: skip
-        if save_now or stopping:
-            if stopping and not save_now and check_last[2]()[1]:
-                stop_on_nonfinite(step, seen, rank)
-            write_checkpoint(run, step + 1, model, ema, optimizer, record, cfg.keep)
-        if last_one or (cfg.sample_every and (step + 1) % cfg.sample_every == 0):
-            sample_grid(ema, row, source.spec, cfg, run / "samples" / f"step_{step + 1:08d}.png")
+        unread, before = (step, seen, later(status)), unread
+        stopping = before is not None and bool(check_status(*before))
+        done = step + 1
+        saving = stopping or done == cfg.steps or done % cfg.save_every == 0
+        if saving:
+            check_status(*unread)
+        if saving or done % cfg.log_every == 0:
+            log.flush(done)
+        if saving:
+            write_checkpoint(run, done, model, ema, optimizer, record)
+        if done == cfg.steps or (cfg.sample_every and done % cfg.sample_every == 0):
+            sample_grid(ema, row, source.spec, cfg, run / "samples" / f"step_{done:08d}.png")
         if stopping:
             break
-    bar.close()
+    log.bar.close()
     if rank == 0:
-        print(f"{run}: stopped at update {step + 1} and saved" if stopping else f"{run}: done, samples in {run / 'samples'}")
+        said = f"all {cfg.steps} updates are done, samples in {run / 'samples'}"
+        print(f"{run}: stopped after update {done}, run again to go on" if stopping else f"{run}: {said}")
+
+
+def check_status(step: int, seen, read) -> float:
+    """Whether a rank was told to stop by then. Raises UserError, on all ranks, if the gradient was not finite."""
+    asked, bad = read()
+    if bad:
+        fail_nonfinite(step, seen)
+    return asked
+
+
+def main(argv=None):
+    cfg, dry = parse_config(argv)
+    dry_run(cfg, dry) if dry else train(cfg)
 
 
 if __name__ == "__main__":
-    data.command(lambda: train(parse_config()))
+    data.command(main)
