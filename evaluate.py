@@ -43,7 +43,7 @@ import sample
 import train
 import transition
 from data import UserError
-from model import SIZES, Linear, TiM, lower_precision
+from model import Linear, TiM, lower_precision
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables and records
@@ -84,6 +84,8 @@ def digest(path) -> str:
 def open_network(a):
     """The checkpoint that --checkpoint names, or the newest: model, row, config, folder of results, record of it."""
     path = Path(a.checkpoint or sample.newest())
+    if a.seed < 0 or a.batch < 1:
+        raise UserError(f"--seed {a.seed}, --batch {a.batch}: a seed is at least 0, a batch at least 1")
     model, row, config = sample.load(path, a.device)
     if a.precision == "bf16":
         lower_precision(model)
@@ -315,8 +317,8 @@ def sampled_rows(a, n: int):
     guidances = a.guidance or [config["train"]["guidance"]]
     if set(guidances) != {1} and not config["train"]["drop"]:
         raise UserError(f"--guidance {guidances}: the run had --drop 0 and knows no condition to guide from; use 1")
-    if min(a.steps) < 1 or a.batch < 1:
-        raise UserError(f"--steps {a.steps}, --batch {a.batch}: at least 1")
+    if min(a.steps) < 1 or not 0 <= a.interval[0] <= a.interval[1] <= 1:
+        raise UserError(f"--steps {a.steps}, --interval {a.interval}: steps from 1, two rising fractions within 0 and 1")
     way = f"{a.precision}_{a.interval[0]:g}_{a.interval[1]:g}{'_strict' * a.strict_interval}"
     for g in guidances:
         options = dict(guidance=g, interval=a.interval, strict=a.strict_interval)
@@ -442,8 +444,8 @@ def identity(model, row, x, eps, t, s, r, y) -> dict:
 def consistency(a):
     model, row, config, results, about = open_network(a)
     spec, span = config["data"], row.t_max - row.t_min
-    if a.num < 1 or a.batch < 1:
-        raise UserError(f"--num {a.num}, --batch {a.batch}: at least 1")
+    if a.num < 1:
+        raise UserError(f"--num {a.num}: at least 1 picture a row")
     source = data.open_data(a.data or config["train"]["data"], spec["shape"], len(spec["classes"]))
 
     def bins():
@@ -606,18 +608,12 @@ def derivative_rows(model, low, row, h, inputs, repeats):
         yield dict(derivative=name, ms=1e3 * seconds, GFLOPs=counter.get_total_flops() / 1e9, MiB=peak, error=error)
 
 
-def training_rows(model, row, cfg, h, flops, rates, bf16, x, y, repeats):
-    """A whole update, sharded over one rank as in train.py. Peak memory has weights, average and moments in it."""
+def training_rows(cfg, network, row, h, flops, rates, bf16, x, y, repeats):
+    """A whole update, built and sharded as train.py does. Peak memory has weights, average and moments in it."""
     linear, attention = flops
     device, free = x.device, len(x) - transition.diffusion_count(len(x), cfg.share_diffusion)
-    ema, plain = copy.deepcopy(model).requires_grad_(False), replace(cfg, guide_gt=1.0, guide_cond=0.0)
-    if device.type != "mps":
-        mesh = dist.init_device_mesh(device.type, (1,))
-        model, ema = train.shard(model, mesh, bf16), train.shard(ema, mesh, bf16)
-    if cfg.compile:
-        for block in (*model.blocks, *ema.blocks):
-            block.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=device.type in ("cuda", "cpu"))
+    plain = replace(cfg, guide_gt=1.0, guide_cond=0.0)
+    model, ema, optimizer = train.build(cfg, network, device, bf16)
     kept = 16 * sum(p.numel() for p in model.parameters()) / 2**20              # four tensors of fp32
     forward, once = linear + attention, None
     ways = {  # name: (configuration, useful FLOPs beside the forward and backward of the batch)
@@ -659,7 +655,7 @@ def sampling_rows(networks, row, shape, steps, batch, flops, rates, device, repe
 
 def speed(a, rest):
     """Three tables of one network in one run; every flag of train.py changes it."""
-    cfg = train.parse_config(["--config", a.config, *rest])
+    cfg, _ = train.parse_config(["--config", a.config, *rest])
     device = train.connect(cfg.device)
     try:
         speed_tables(a, cfg, device)
@@ -672,19 +668,19 @@ def speed_tables(a, cfg, device):
     if not (all(shape) and classes):
         spec = data.open_data(cfg.data, shape, classes).spec
         shape, classes = tuple(spec["shape"]), len(spec["classes"])
+    network = train.network_of(cfg, shape, classes)
     torch.manual_seed(cfg.seed)
-    ablations = dict(shared_time=cfg.shared_time, interval_attention=cfg.interval_attention)
-    model = TiM(channels=shape[0], patch=cfg.patch, **SIZES[cfg.size], classes=classes, **ablations).to(device)
+    model = TiM(**network).to(device).requires_grad_(False)
     for p in model.parameters():
         if not p.any():                                                         # an output of zero has no derivative
             torch.nn.init.normal_(p, std=0.02)
     cuda, cpu, n = device.type == "cuda", device.type == "cpu", cfg.batch
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and cuda)
-    types, networks = dict(fp32=torch.float32), {"fp32": copy.deepcopy(model).requires_grad_(False)}
+    types, networks = dict(fp32=torch.float32), {"fp32": model}
     if bf16 or cuda or cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        types["bf16"], networks["bf16"] = torch.bfloat16, lower_precision(copy.deepcopy(networks["fp32"]))
+        types["bf16"], networks["bf16"] = torch.bfloat16, lower_precision(copy.deepcopy(model))
     if cfg.compile:
-        for block in (block for network in networks.values() for block in network.blocks):
+        for block in (block for model in networks.values() for block in model.blocks):
             block.compile()
     kind, h, rng = "bf16" if bf16 else "fp32", train.difference_width(cfg, bf16), data.rng(cfg.seed, device=device)
     tokens = shape[1] * shape[2] // cfg.patch**2
@@ -707,7 +703,7 @@ def speed_tables(a, cfg, device):
         rows = derivative_rows(networks["fp32"], networks[kind], row, h, inputs, a.repeats)
         out["derivative"] = table(title, rows)
     title = f"An update on {n} pictures in {kind}, compile {cfg.compile}. Useful FLOPs, their share of the matmul rates"
-    out["training"] = table(title, training_rows(model, row, cfg, h, flops, rates[kind], bf16, x, y, a.repeats))
+    out["training"] = table(title, training_rows(cfg, network, row, h, flops, rates[kind], bf16, x, y, a.repeats))
     count = a.sample_batch or (n if cuda else min(n, 16))
     rows = sampling_rows(networks, row, shape, a.steps, count, flops, rates, device, a.repeats)
     out["sampling"] = table(f"Sampling, {count} pictures at a time, no decoding", rows)
@@ -774,6 +770,10 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     a, rest = parse_arguments(argv)
+    try:
+        torch.empty(0, device=getattr(a, "device", "cpu"))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
     speed(a, rest) if a.command == "speed" else dict(fid=fid, consistency=consistency, clip=clip)[a.command](a)
 
 

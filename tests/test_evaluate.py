@@ -262,12 +262,16 @@ BAD = {
     "no npz": (["--images", "a", "--reference", "missing.npz"], "not a readable"),
     "not cached features": (["--images", "a", "--reference", "tiny.pth.safetensors"], "not cached features"),
     "no weights": (["--images", "a", "--reference", "b", "--inception", "gone.pth"], r"\(gone.pth\) not read"),
+    "device": (["--images", "a", "--reference", "b", "--device", "abacus"], "--device abacus"),
+    "steps": (["--steps", "0", "--reference", "b"], r"--steps \[0\]"),
+    "seed": (["--seed", "-1", "--reference", "b"], "--seed -1"),
+    "interval": (["--interval", "0.5", "0.2", "--reference", "b"], "--interval"),
     "no checkpoint": (["--checkpoint", "gone", "--reference", "b"], "--checkpoint gone"),
 }
 
 
 @pytest.mark.parametrize("args, message", BAD.values(), ids=BAD)
-def test_bad_input_is_named(args, message, tmp_path):
+def test_bad_input_is_named(args, message, tmp_path, run):
     pictures(tmp_path / "a", 20, 1), pictures(tmp_path / "b", 40, 2), pictures(tmp_path / "few", 12, 3)
     pictures(tmp_path / "large", 30, 4, side=20), spoil(pictures(tmp_path / "corrupt", 30, 5))
     (tmp_path / "empty").mkdir()
