@@ -318,7 +318,7 @@ def sampled_rows(a, n: int):
     if set(guidances) != {1} and not config["train"]["drop"]:
         raise UserError(f"--guidance {guidances}: the run had --drop 0 and knows no condition to guide from; use 1")
     if min(a.steps) < 1 or not 0 <= a.interval[0] <= a.interval[1] <= 1:
-        raise UserError(f"--steps {a.steps}, --interval {a.interval}: steps from 1, two rising fractions within 0 and 1")
+        raise UserError(f"--steps {a.steps}, --interval {a.interval}: steps from 1; rising fractions within 0 and 1")
     way = f"{a.precision}_{a.interval[0]:g}_{a.interval[1]:g}{'_strict' * a.strict_interval}"
     for g in guidances:
         options = dict(guidance=g, interval=a.interval, strict=a.strict_interval)
