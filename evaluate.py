@@ -1,0 +1,781 @@
+"""Figures of a trained network: quality over the number of steps, its own identity, captions, speed.
+
+    python evaluate.py fid --reference demo --num 2000 --steps 1 2 8      # newest run; torchrun shares the sampling
+    python evaluate.py consistency                                        # a long jump against two short ones
+    python evaluate.py clip --images pictures                             # pictures beside captions.jsonl
+    python evaluate.py speed --config demo --batch 64                     # takes every flag of train.py
+"""
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torch_fidelity
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torch_fidelity import metric_isc, metric_kid, metric_prc
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.utils import create_feature_extractor
+from tqdm import tqdm
+
+import data
+import sample
+import train
+import transition
+from data import UserError
+from model import Linear, TiM, lower_precision
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and records
+
+
+def table(title: str, rows) -> list[dict]:
+    """Print flat records as they come, the keys of the first as heads; returns them."""
+    out, text = [], lambda v: f"{v:.4g}" if isinstance(v, float) else "-" if v is None else str(v)
+    print(f"\n{title}")
+    for row in rows:
+        if not out:
+            print(" " * 24 + "".join(f"{k:>12}" for k in list(row)[1:]))
+        name, *cells = map(text, row.values())
+        print(f"{name:24}" + "".join(f"{c:>12}" for c in cells), flush=True)
+        out.append(row)
+    return out
+
+
+def provenance() -> dict:
+    """What every figure is recorded with: commit (-dirty where files were changed), torch, time."""
+    git, commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"], None
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return dict(commit=commit, torch=torch.__version__, time=time.strftime("%Y-%m-%dT%H:%M:%S"))
+
+
+def append(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record | provenance()) + "\n")
+
+
+def digest(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def open_network(a):
+    """The checkpoint that --checkpoint names, or the newest: model, row, config, folder of results, record of it."""
+    path = Path(a.checkpoint or sample.newest())
+    if a.seed < 0 or a.batch < 1:
+        raise UserError(f"--seed {a.seed}, --batch {a.batch}: a seed is at least 0, a batch at least 1")
+    model, row, config = sample.load(path, a.device)
+    if a.precision == "bf16":
+        lower_precision(model)
+    file = path / "ema.safetensors" if path.is_dir() else path
+    about = dict(checkpoint=str(file), weights=digest(file), update=config["step"], seed=a.seed, dtype=a.precision)
+    return model, row, config, file.parent / "eval", about
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fid: pictures to features
+
+EXTRACTOR, FEATURES, SCORES = "inception-v3-compat", "2048", "logits_unbiased"  # torch-fidelity's names
+BATCH = 64  # torch-fidelity's, so that rounding is the same too
+
+
+@dataclass
+class Pictures:
+    """A set of pictures: read(i) gives uint8 (3, H, W); key stands for content and preprocessing."""
+
+    name: str
+    n: int
+    read: Callable[[int], np.ndarray]
+    key: str
+    preprocessing: str = "as stored, RGB"
+
+
+@dataclass
+class Reference:
+    """Mean and covariance for FID, and features (n, D) float32 for the rest; None and n = 0 where there are none."""
+
+    name: str
+    n: int
+    preprocessing: str
+    stats: dict
+    features: torch.Tensor | None = None
+    size: list | None = None  # height, width
+
+
+def load_extractor(path, device):
+    """torch-fidelity's Inception from a file (None: its own download), and a tag of the weights.
+
+    raises  UserError if the file is missing, holds code or another network, or the download fails.
+    """
+    wanted = dict(cuda=torch.device(device).type == "cuda", feature_extractor_weights_path=path, verbose=False)
+    try:
+        if path is not None:
+            torch.load(path, map_location="cpu", weights_only=True)             # refuses code, which the library runs
+        return create_feature_extractor(EXTRACTOR, [FEATURES, SCORES], **wanted), digest(path) if path else "default"
+    except OSError as error:
+        raise UserError(f"Inception's weights ({path}) not read or fetched: {error}; give --inception PATH") from error
+    except Exception as error:                                                  # as many kinds as there are wrong files
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"--inception {path}: not torch-fidelity's weights of {EXTRACTOR} ({why})") from error
+
+
+def extract(net, pictures: Pictures, n: int, device):
+    """Features (n, D) and class scores (n, classes) of the first n pictures, float32, and their [height, width]."""
+    parts, size = [], pictures.read(0).shape[1:]
+    with ThreadPoolExecutor(4) as pool, tqdm(total=n, desc=f"features of {pictures.name}", unit="img") as bar:
+        for start in range(0, n, BATCH):
+            x = list(pool.map(pictures.read, range(start, min(n, start + BATCH))))
+            for i, shape in enumerate((picture.shape[1:] for picture in x), start):
+                if shape != size:
+                    rule = f"mixed sizes, picture {i} is {shape} and the first {size} (height, width)"
+                    raise UserError(f"{pictures.name}: {rule}; give --side to crop them all")
+            parts.append([f.cpu() for f in net(torch.from_numpy(np.stack(x)).to(device))])
+            bar.update(len(x))
+    return *(torch.cat(part) for part in zip(*parts)), list(size)
+
+
+said = set()
+
+
+def read_file(path: Path, side: int | None) -> np.ndarray:
+    """uint8 (3, H, W), as stored or cropped. Grey is repeated and alpha dropped, which is said once."""
+    if side:
+        return data.read_picture(path, side)
+    try:
+        with Image.open(path) as picture:
+            mode, pixels = picture.mode, np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a whole picture ({error}); remove it or make it again") from error
+    if mode != "RGB" and mode not in said:
+        said.add(mode)
+        tqdm.write(f"note: {path} and more in mode {mode} are read as RGB, grey repeated, alpha dropped", sys.stderr)
+    return pixels
+
+
+def file_pictures(folder: Path, files: list[Path], side: int | None) -> Pictures:
+    """Files in a folder. Their content is known by names, sizes and times of change: reading a million takes hours."""
+    how = f"shorter side to {side}, centre crop, RGB" if side else "as stored, RGB"
+    stamp = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    key = hashlib.sha256(json.dumps([stamp, how]).encode()).hexdigest()
+    return Pictures(str(folder), len(files), lambda i: read_file(files[i], side), key, how)
+
+
+def array_pictures(name, pixels: np.ndarray) -> Pictures:
+    """uint8 (n, C, H, W) with one channel or three."""
+    key = hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+    return Pictures(name, len(pixels), lambda i: np.broadcast_to(pixels[i], (3, *pixels.shape[2:])), key)
+
+
+def open_pictures(path: str, side: int | None) -> Pictures:
+    """A folder of pictures at any depth, or a data set of `data.open_data` that holds pixels."""
+    folder, known = Path(path).expanduser(), ("train-images*-ubyte*", "data_batch_*.bin")
+    if path != "demo" and folder.is_dir() and not any(any(folder.glob(name)) for name in known):
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in data.PICTURES)
+        if not files:
+            raise UserError(f"{path}: no pictures in it; expected files such as .png or .jpg, idx files, or CIFAR-10's")
+        return file_pictures(folder, files, side)
+    source = data.open_data(path)
+    if not hasattr(source, "pixels") or side not in (None, source.pixels.shape[2]):
+        raise UserError(f"{path}, --side {side}: only folders of pictures can be cropped, and only pictures compared")
+    return array_pictures(path, source.pixels)
+
+
+def open_npz(path: Path) -> tuple[Pictures | None, dict | None]:
+    """Published reference batches: arr_0 (n, H, W, 3) uint8, statistics mu and sigma, or both."""
+    try:
+        with np.load(path) as archive:
+            held = {k: archive[k] for k in ("mu", "sigma", "arr_0") if k in archive.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--reference {path}: not a readable .npz of arrays ({error})") from error
+    stats = {k: held[k].astype(np.float64) for k in ("mu", "sigma")} if {"mu", "sigma"} <= held.keys() else None
+    images = held.get("arr_0")
+    if images is None and stats is None:
+        raise UserError(f"--reference {path}: holds neither mu and sigma nor arr_0")
+    if images is not None and (images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8):
+        raise UserError(f"--reference {path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, H, W, 3)")
+    return None if images is None else array_pictures(str(path), images.transpose(0, 3, 1, 2)), stats
+
+
+def open_reference(a, net, tag, wanted: int) -> Reference:
+    """The reference in any form, computed once: features lie in a.cache under content, preprocessing and weights.
+
+    a.reference      what `open_pictures` or `open_npz` reads, or .safetensors from the cache.
+    a.reference_num  use this many of its pictures, always the same ones; None = all.
+    wanted           pictures to compare with it; fewer in the reference are an error, but for published statistics.
+    """
+
+    def enough(name, n):
+        if n < wanted:
+            way = f"ask for --num {n} or fewer, or give a larger one"
+            raise UserError(f"--num {wanted}: the reference {name} has {n} pictures; {way}")
+
+    path, stats = Path(a.reference).expanduser(), None
+    if path.suffix == ".safetensors":
+        known = read_features(path, tag)
+        enough(path, known.n)
+        return known
+    if path.suffix == ".npz":
+        pictures, stats = open_npz(path)
+        if pictures is None:
+            return Reference(str(path), 0, "unknown (statistics)", stats)
+    else:
+        pictures = open_pictures(a.reference, a.side)
+    n = pictures.n if a.reference_num is None else a.reference_num
+    if not 2 <= n <= pictures.n:
+        raise UserError(f"--reference_num {n}: {pictures.name} holds {pictures.n} pictures; ask for 2 to {pictures.n}")
+    if stats is None:
+        enough(pictures.name, n)
+    key = hashlib.sha256(json.dumps([pictures.key, pictures.preprocessing, n, EXTRACTOR, tag]).encode()).hexdigest()
+    file = Path(a.cache) / f"{key[:16]}.safetensors"
+    if not file.is_file():
+        order = np.random.default_rng(0).permutation(pictures.n)[:n] if n < pictures.n else range(n)
+        features, _, size = extract(net, replace(pictures, read=lambda i: pictures.read(order[i])), n, a.device)
+        about = dict(name=pictures.name, n=n, preprocessing=pictures.preprocessing, size=size, weights=tag)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": features}, file.with_suffix(".tmp"), metadata={"reference": json.dumps(about)})
+        os.replace(file.with_suffix(".tmp"), file)
+    known = read_features(file, tag)
+    return replace(known, name=pictures.name, stats=stats or known.stats)
+
+
+def read_features(path: Path, tag) -> Reference:
+    try:
+        with safe_open(path, "pt") as file:
+            features, about = file.get_tensor("features"), json.loads(file.metadata()["reference"])
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not cached features of a reference ({error})") from error
+    if about.pop("weights") != tag:
+        raise UserError(f"{path}: features of other weights than --inception gives; use those, or give the pictures")
+    return Reference(**about, features=features, stats=fid_features_to_statistics(features))
+
+
+def metrics(features, scores, reference: Reference, device) -> dict:
+    """FID; KID, precision and recall where the reference has features; Inception Score where there is a classifier."""
+    mine, other, out = fid_features_to_statistics(features), reference.stats, dict.fromkeys(METRICS)
+    if mine["mu"].shape != other["mu"].shape:
+        raise UserError(f"{reference.name}: statistics of {len(other['mu'])} features, not {len(mine['mu'])}")
+    mine["mu"] = mine["mu"].astype(other["mu"].dtype)
+    out["FID"] = fid_statistics_to_metric(mine, other, False)["frechet_inception_distance"]
+    if reference.features is not None:
+        fewest = min(len(features), reference.n)
+        subset = 1000 if fewest >= 1000 else fewest // 2                        # of all of them, the sd would be 0
+        got = metric_kid.kid_features_to_metric(features, reference.features, kid_subset_size=subset, verbose=False)
+        out |= {"KID": got["kernel_inception_distance_mean"], "KID sd": got["kernel_inception_distance_std"]}
+        pair = features.to(device), reference.features.to(device)
+        out |= metric_prc.prc_features_to_metric(*pair, save_cpu_ram=True, verbose=False)
+        del out["f_score"]
+    if scores is not None and scores.any():                                     # all zero where there is no classifier
+        out["IS"] = metric_isc.isc_features_to_metric(scores)["inception_score_mean"]
+    return out
+
+
+METRICS = "FID", "KID", "KID sd", "precision", "recall", "IS"
+
+
+def floor(reference: Reference, n: int, device) -> dict:
+    """Real against real: n pictures of the reference against the others, or half of it where it has less than 2 n."""
+    n, order = min(n, reference.n // 2), torch.randperm(reference.n, generator=data.rng(0))
+    rest = reference.features[order[n:]]
+    others = replace(reference, n=len(rest), features=rest, stats=fid_features_to_statistics(rest))
+    return dict(n=n) | metrics(reference.features[order[:n]], None, others, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fid: rows
+
+
+def sampled_rows(a, n: int):
+    """Rows to score, one per guidance and number of steps, and the folder for results.
+
+    A row is (what the table shows of it, what it is recorded with, a function that gives its pictures). Samples lie in
+    a folder that names all they depend on, so what is there is not drawn again and nothing stale is scored.
+    """
+    model, row, config, results, about = open_network(a)
+    classes, rows = list(range(len(config["data"]["classes"]))), []
+    guidances = a.guidance or [config["train"]["guidance"]]
+    if set(guidances) != {1} and not config["train"]["drop"]:
+        raise UserError(f"--guidance {guidances}: the run had --drop 0 and knows no condition to guide from; use 1")
+    if min(a.steps) < 1 or not 0 <= a.interval[0] <= a.interval[1] <= 1:
+        raise UserError(f"--steps {a.steps}, --interval {a.interval}: steps from 1; rising fractions within 0 and 1")
+    way = f"{a.precision}_{a.interval[0]:g}_{a.interval[1]:g}{'_strict' * a.strict_interval}"
+    for g in guidances:
+        options = dict(guidance=g, interval=a.interval, strict=a.strict_interval)
+        for k in a.steps:
+            trace, network = [], f"{config['step']}_{about['weights'][:8]}"
+            folder = results / network / f"seed{a.seed}_guidance{g:g}_{way}" / f"steps_{k}"
+            one = sample.images(model, row, config, [0], a.seed, k, classes, trace=trace, **options)
+
+            def draw(k=k, options=options, folder=folder):
+                job = argparse.Namespace(num=n, out=str(folder), steps=[k], batch=a.batch, seed=a.seed)
+                with contextlib.redirect_stdout(sys.stderr):
+                    sample.many(model, row, config, job, classes, options)
+                if dist.is_initialized():
+                    dist.barrier()
+                return file_pictures(folder, [folder / f"{i:06}.png" for i in range(n)], None)
+
+            shown = dict(row=f"guidance {g:g}", steps=k, NFE=sum(passes for _, _, passes in trace))
+            rows.append((shown, about | options | dict(size=list(one.shape[1:3])), draw))
+    return rows, results
+
+
+def scored(a, rows, n: int, net, reference: Reference, about: dict, results: Path):
+    """Rows of the table, each written to eval.jsonl as soon as it is known."""
+    if reference.features is not None:
+        real = floor(reference, n, a.device)
+        about = about | dict(floor=real)
+        yield dict(row=f"real, n = {real['n']}", steps=None, NFE=None) | {k: real[k] for k in METRICS}
+    for shown, how, draw in rows:
+        features, scores, _ = extract(net, draw(), n, a.device)
+        got = shown | metrics(features, scores, reference, a.device)
+        append(results / "eval.jsonl", how | got | about)
+        yield got
+
+
+def fid(a):
+    n, first = a.num, True
+    if a.images:
+        pictures = open_pictures(a.images, a.side)
+        n, results = pictures.n if n is None else n, Path(a.cache if a.images == "demo" else a.images)
+        if not 10 <= n <= pictures.n:
+            raise UserError(f"--num {n}: {a.images} holds {pictures.n} pictures; ask for 10 to {pictures.n}")
+        how = dict(images=a.images, size=list(pictures.read(0).shape[1:]))
+        rows = [(dict(row=Path(a.images).name[-23:], steps=None, NFE=None), how, lambda: pictures)]
+    else:
+        n = 50000 if n is None else n
+        if n < 10:
+            raise UserError(f"--num {n}: at least 10 pictures")
+        if "RANK" in os.environ:
+            dist.init_process_group("gloo", timeout=timedelta(days=1))          # rank 0 scores while the others sample
+            first = dist.get_rank() == 0
+            if a.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        rows, results = sampled_rows(a, n)
+    if first:
+        net, tag = load_extractor(a.inception, a.device)
+        reference = open_reference(a, net, tag, n)
+        for _, how, _ in rows:
+            if reference.size and how["size"] != reference.size:
+                rule = f"pictures are {how['size']}, those of the reference {reference.size} (height, width)"
+                raise UserError(f"{rule}; give --side to crop folders to one size, or another reference")
+        about = dict(n=n, reference=reference.name, reference_n=reference.n, preprocessing=reference.preprocessing)
+        about |= dict(inception=tag, torch_fidelity=torch_fidelity.__version__)
+        title = f"n = {n}; reference {reference.name}: {reference.n or '?'} pictures, {reference.preprocessing}.\n"
+        title += "Figures at another n do not compare with these. First row: real against real, the floor."
+        if reference.n < 2 * n:
+            title += f"\nThe reference has less than 2 x {n}: the floor is unknown, or of fewer pictures and too high."
+        got = table(title, scored(a, rows, n, net, reference, about, results))
+        draw_curve([row for row in got if row["NFE"]], n, results / "fid.png")
+        print(f"{results / 'eval.jsonl'}: {len(rows)} more records")
+    else:
+        for _, _, draw in rows:
+            draw()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def draw_curve(rows, n, path: Path) -> None:
+    """FID over NFE, a line per guidance, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["row"] for row in rows):
+        points = sorted((row["NFE"], row["FID"]) for row in rows if row["row"] == name)
+        axes.plot(*zip(*points), "o-", label=name)
+        axes.legend()
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations per picture", ylabel=f"FID, n = {n}")
+    if rows:
+        figure.savefig(path, dpi=150)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# consistency
+
+LENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # bins of (t - r), as shares of the row's range
+
+
+def identity(model, row, x, eps, t, s, r, y) -> dict:
+    """Errors of an any-step network at t >= s >= r, each (B,).
+
+    jump    |x_{t->r} - x_{t->s->r}| over |x_{t->r} - x_t|: one jump against two. 0 for a perfect network.
+    own     |f - target| over |f|, the target on the path that the network itself follows at t, (x, eps) solved from
+            f(x_t, t, t), so that no noise of the data is in it. 0 for a perfect network.
+    target  mean square of f - target as trained on, x and eps of the data: a perfect network keeps their variance.
+    """
+    net, size = train.see(model, row), lambda v: v.flatten(1).norm(dim=1).clamp(min=1e-12)
+    x_t = transition.interpolate(row, x, eps, t)
+    f = net(x_t, t, r, y)
+    direct = transition.step(row, x_t, f, t, r)
+    x_s = transition.step(row, x_t, net(x_t, t, s, y), t, s)
+    composed = transition.step(row, x_s, net(x_s, s, r, y), s, r)
+    gaps = []
+    for pair in (transition.solve(row, x_t, net(x_t, t, t, y), t), (x, eps)):
+        df_dt = transition.exact_derivative(net, row, *pair, t, r, y)
+        gaps.append(f - transition.transition_target(row, *pair, t, r, df_dt))
+    jump = size(direct - composed) / size(direct - x_t)
+    return dict(jump=jump, own=size(gaps[0]) / size(f), target=gaps[1].square().flatten(1).mean(1))
+
+
+@torch.no_grad()
+def consistency(a):
+    model, row, config, results, about = open_network(a)
+    spec, span = config["data"], row.t_max - row.t_min
+    if a.num < 1:
+        raise UserError(f"--num {a.num}: at least 1 picture a row")
+    source = data.open_data(a.data or config["train"]["data"], spec["shape"], len(spec["classes"]))
+
+    def bins():
+        for low, high in zip(LENGTHS[:-1], LENGTHS[1:]):
+            parts = []
+            for start in range(0, a.num, a.batch):
+                n, rng = min(a.batch, a.num - start), np.random.default_rng((a.seed, start))
+                index = rng.integers(len(source.labels), size=n)
+                x, y = torch.from_numpy(source.read(index, rng)), torch.from_numpy(source.labels[index])
+                eps = sample.initial_noise(x.shape[1:], a.seed, range(start, start + n))
+                length = span * (low + (high - low) * rng.random(n))
+                late = row.t_min + length + (span - length) * rng.random(n)     # so that r >= t_min
+                times = late, late - length * rng.random(n), late - length
+                t, s, r = (torch.from_numpy(v).float().clamp(row.t_min, row.t_max) for v in times)
+                parts.append(identity(model, row, *(v.to(a.device) for v in (x, eps, t, s, r, y))))
+            jump, own, target = (torch.cat([p[k] for p in parts]) for k in ("jump", "own", "target"))
+            middle = dict(jump=float(jump.median()), own=float(own.median()), target=float(target.mean()))
+            yield dict(length=f"{low:g} to {high:g}") | middle
+
+    title = f"{a.num} pictures a row, length t - r as share of the range; medians, of the last column the mean\n"
+    title += "jump: t -> r against t -> s -> r; own: f against its target on its own path; target: on the data's"
+    got = table(title, bins())
+    append(results / "consistency.jsonl", about | dict(n=a.num, table=got))
+    print(f"{results / 'consistency.jsonl'}: 1 more record")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clip
+
+
+@torch.no_grad()
+def clip(a):
+    """100 max(cosine, 0) between each picture and its caption, averaged."""
+    try:
+        from transformers import CLIPModel, CLIPProcessor
+    except ImportError as error:
+        raise UserError("clip needs the package transformers; install it with `pip install transformers`") from error
+    folder = Path(a.images)
+    form = 'a captions.jsonl with {"file": ..., "caption": ...} a line'
+    try:
+        lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines() if line.strip()]
+        pairs = [(folder / line["file"], line["caption"]) for line in lines][: a.num]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--images {folder}: expected {form} ({error!r})") from error
+    if len(pairs) < (a.num or 1) or a.batch < 1:
+        raise UserError(f"--num {a.num}, --batch {a.batch}: {folder} holds {len(pairs)} captions")
+    try:
+        model, processor = (kind.from_pretrained(a.model) for kind in (CLIPModel, CLIPProcessor))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {a.model}: {str(error).splitlines()[0]}; give a hub name or a folder") from error
+    model.to(a.device).eval()
+    scores = []
+    for start in tqdm(range(0, len(pairs), a.batch), unit="batch"):
+        files, captions = zip(*pairs[start : start + a.batch])
+        pixels = [read_file(f, None) for f in files]
+        fed = processor(text=list(captions), images=pixels, return_tensors="pt", padding=True, truncation=True)
+        out = model(**fed.to(a.device))
+        scores.append(100 * F.cosine_similarity(out.image_embeds, out.text_embeds).clamp(min=0).cpu())
+    score, n = torch.cat(scores), len(pairs)
+    error = float(score.std() / n**0.5) if n > 1 else None
+    got = dict(images=folder.name[-23:], CLIP=float(score.mean()), error=error, n=n)
+    table("CLIP score, with its standard error", [got])
+    append(folder / "eval.jsonl", got | dict(images=a.images, model=a.model))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# speed
+
+
+def forward_flops(model: TiM, tokens: int, caption: int = 0) -> tuple[int, int]:
+    """Useful FLOPs of one forward of one picture, counted from the architecture: (linear layers, attention products).
+
+    tokens, caption  numbers of picture and caption tokens. A layer works on the tokens it sees; embeddings, modulation
+    and interval projection see one row a picture. Norms, gates and softmax are not counted, as is the custom.
+    """
+    linear = 2 * tokens * model.x_embedder.proj.weight.numel()
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear) and not name.startswith("projector"):
+            single = any(part in name for part in ("adaLN", "qkv_d", "t_embedder", "delta_embedder"))
+            rows = caption if "cross_attn.kv" in name or "y_embedder" in name else 1 if single else tokens
+            twice = name.startswith("t_embedder") and model.delta_embedder is None
+            linear += 2 * rows * layer.weight.numel() * (2 if twice else 1)
+    width = model.head * model.blocks[0].attn.heads
+    return linear, len(model.blocks) * 4 * tokens * (tokens + caption) * width
+
+
+def measure(actions, device, repeats: int, limit: float = 20.0) -> list[tuple[float, float]]:
+    """Median seconds of each action() after warm-up, and the peak MiB it allocates beyond what was there.
+
+    They take turns, so that what else the machine does falls on all alike: at least one turn, at most `repeats`, none
+    begun after `limit` seconds per action. What the device has no memory for is nan.
+    """
+    cuda, peaks, times, actions = device.type == "cuda", [], [], list(actions)
+    wait = (lambda: torch.cuda.synchronize(device)) if cuda else lambda: None
+    for i, action in enumerate(actions):
+        try:
+            action()
+            if cuda:
+                wait()
+                before = torch.cuda.memory_allocated(device)
+                torch.cuda.reset_peak_memory_stats(device)
+                action()
+                wait()
+                peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+            else:                                                               # the allocator's own events
+                with torch.autograd.profiler.profile(profile_memory=True) as profile:
+                    action()
+                events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+                held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+                peaks.append(float(held.max(initial=0)) / 2**20)
+        except torch.OutOfMemoryError:
+            actions[i] = None
+            peaks.append(math.nan)
+    begin = time.perf_counter()
+    while not times or len(times) < repeats and time.perf_counter() - begin < limit * len(peaks):
+        times.append([])
+        for action in actions:
+            start = time.perf_counter() if action else math.nan
+            action and action()
+            wait()
+            times[-1].append(time.perf_counter() - start)
+    return [(statistics.median(column), peak) for column, peak in zip(zip(*times), peaks)]
+
+
+def matmul_rates(model, rows: int, device, dtype, repeats: int) -> dict:
+    """FLOP/s of plain matrix products: at the shapes of one block on `rows` tokens, and at a large square."""
+    block, side, out = model.blocks[0], 8192 if device.type == "cuda" else 2048, {}
+    layers = block.attn.qkv, block.attn.proj, block.mlp.fc1_g, block.mlp.fc1_x, block.mlp.fc2
+    shapes = [(rows, layer.in_features, layer.out_features) for layer in layers]
+    for name, sizes in (("shapes", shapes), ("square", [(side, side, side)])):
+        normal = lambda *size: torch.randn(*size, device=device).to(dtype)
+        pairs = [(normal(m, k), normal(n, k)) for m, k, n in sizes]
+        ((seconds, _),) = measure([lambda pairs=pairs: [F.linear(p, w) for p, w in pairs]], device, repeats)
+        out[name] = sum(2 * m * k * n for m, k, n in sizes) / seconds
+    return out
+
+
+def plain_jvp(net, row, x, eps, t, r, y):
+    """df/dt by torch.func.jvp as one would write it down, attention as plain products."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        path = lambda s: net(transition.interpolate(row, x, eps, s), s, r, y)
+        return torch.func.jvp(path, (t,), (torch.ones_like(t),))[1]
+
+
+def derivative_rows(model, low, row, h, inputs, repeats):
+    """The paper's Table 2 on the samples with r < t: `low` computes as training does, `model` is its fp32 twin."""
+    net, device = train.see(low, row), inputs[0].device
+    parts = zip(*(v.split(32) for v in inputs))                                 # its attention takes memory
+    exact = torch.cat([transition.exact_derivative(train.see(model, row), row, *part) for part in parts])
+    halves = lambda *args: torch.cat([net(*half) for half in zip(*(v.chunk(2) for v in args))])
+    ways = {
+        "DDE, one pass": lambda: transition.finite_difference(net, row, *inputs, h),
+        "DDE, two passes": lambda: transition.finite_difference(halves, row, *inputs, h),
+        "JVP, torch.func.jvp": lambda: plain_jvp(net, row, *inputs),
+        "JVP, exact_derivative": lambda: transition.exact_derivative(net, row, *inputs),
+    }
+    for (name, way), (seconds, peak) in zip(ways.items(), measure(ways.values(), device, repeats)):
+        with FlopCounterMode(display=False) as counter:
+            error = math.nan if math.isnan(seconds) else float((way() - exact).norm() / exact.norm())
+        yield dict(derivative=name, ms=1e3 * seconds, GFLOPs=counter.get_total_flops() / 1e9, MiB=peak, error=error)
+
+
+def training_rows(cfg, network, row, h, flops, rates, bf16, x, y, repeats):
+    """A whole update, built and sharded as train.py does. Peak memory has weights, average and moments in it."""
+    linear, attention = flops
+    device, free = x.device, len(x) - transition.diffusion_count(len(x), cfg.share_diffusion)
+    plain = replace(cfg, guide_gt=1.0, guide_cond=0.0)
+    model, ema, optimizer = train.build(cfg, network, device, bf16)
+    kept = 16 * sum(p.numel() for p in model.parameters()) / 2**20              # four tensors of fp32
+    forward, once = linear + attention, None
+    ways = {  # name: (configuration, useful FLOPs beside the forward and backward of the batch)
+        "diffusion only": (replace(plain, share_diffusion=1.0, share_consistency=0.0), 0),
+        "DDE": (replace(plain, derivative="dde"), 2 * free * forward),
+        "JVP": (replace(plain, derivative="jvp"), free * (2 * linear + 3 * attention)),
+        "DDE + model guidance": (replace(plain, derivative="dde", guide_cond=0.75), 2 * (free + len(x)) * forward),
+    }
+
+    def update(arm):
+        loss, *_ = train.objective(model, ema, row, arm, h, x, y, data.rng(0, 0, device=device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        train.update_average(ema, model, 0.999)
+
+    costs = measure([lambda arm=arm: update(arm) for arm, _ in ways.values()], device, repeats)
+    for (name, (_, extra)), (seconds, peak) in zip(ways.items(), costs):
+        once, useful = once or seconds, 3 * len(x) * forward + extra
+        shares = {f"of {k}": useful / seconds / rate for k, rate in rates.items()}
+        cost = {"ms": 1e3 * seconds, "x diffusion": seconds / once, "images/s": len(x) / seconds}
+        yield dict(step=name) | cost | {"MiB": kept + peak, "GFLOPs": useful / 1e9} | shares
+
+
+def sampling_rows(networks, row, shape, steps, batch, flops, rates, device, repeats):
+    """Noise to network space. networks: {"fp32": model, "bf16": ...}."""
+    z, y = sample.initial_noise(shape, 0, range(batch), device), torch.zeros(batch, dtype=torch.int64, device=device)
+    for name, model in networks.items():
+        for guidance, k in ((g, k) for g in (1.0, 1.5) for k in steps):
+            trace = []
+            sample.generate(model, row, z[:1], y[:1], k, guidance, trace=trace)
+            run = lambda: sample.generate(model, row, z, y, k, guidance)
+            ((seconds, _),), nfe = measure([run], device, repeats), sum(passes for _, _, passes in trace)
+            speed = {"ms": 1e3 * seconds, "images/s": batch / seconds}
+            share = {"of shapes": batch * nfe * sum(flops) / seconds / rates[name]["shapes"]}
+            yield dict(sampling=f"{name}, guidance {guidance:g}", steps=k, NFE=nfe) | speed | share
+
+
+def speed(a, rest):
+    """Three tables of one network in one run; every flag of train.py changes it."""
+    cfg, _ = train.parse_config(["--config", a.config, *rest])
+    device = train.connect(cfg.device)
+    try:
+        speed_tables(a, cfg, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def speed_tables(a, cfg, device):
+    shape, classes, row = (cfg.channels, cfg.side, cfg.side), cfg.classes, transition.TRANSPORTS[cfg.transport]
+    if not (all(shape) and classes):
+        spec = data.open_data(cfg.data, shape, classes).spec
+        shape, classes = tuple(spec["shape"]), len(spec["classes"])
+    network = train.network_of(cfg, shape, classes)
+    torch.manual_seed(cfg.seed)
+    model = TiM(**network).to(device).requires_grad_(False)
+    for p in model.parameters():
+        if not p.any():                                                         # an output of zero has no derivative
+            torch.nn.init.normal_(p, std=0.02)
+    cuda, cpu, n = device.type == "cuda", device.type == "cpu", cfg.batch
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and cuda)
+    types, networks = dict(fp32=torch.float32), {"fp32": model}
+    if bf16 or cuda or cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        types["bf16"], networks["bf16"] = torch.bfloat16, lower_precision(copy.deepcopy(model))
+    if cfg.compile:
+        for block in (block for model in networks.values() for block in model.blocks):
+            block.compile()
+    kind, h, rng = "bf16" if bf16 else "fp32", train.difference_width(cfg, bf16), data.rng(cfg.seed, device=device)
+    tokens = shape[1] * shape[2] // cfg.patch**2
+    flops, rates = forward_flops(model, tokens), {}
+    name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{cfg.name}: {size:,} parameters, {tokens} tokens, {sum(flops) / 1e9:.4g} GFLOPs a picture, on {name}")
+    for k, dtype in types.items():
+        rates[k] = matmul_rates(model, n * tokens, device, dtype, a.repeats)
+        of = " and ".join(f"{rate / 1e9:.5g} GFLOP/s at the {which}" for which, rate in rates[k].items())
+        print(f"matmul in {k}: {of} (of the network, large)")
+
+    x, eps = torch.randn(2, n, *shape, generator=rng, device=device)
+    y = torch.randint(classes, (n,), generator=rng, device=device)
+    t, r = transition.sample_times(row, n, cfg.share_diffusion, cfg.share_consistency, rng, cfg.time_mean, cfg.time_std)
+    inputs = tuple(v[transition.diffusion_count(n, cfg.share_diffusion) :] for v in (x, eps, t, r, y))
+    out = dict(config=asdict(cfg), device=name, parameters=size, tokens=tokens, flops=sum(flops), matmul=rates, h=h)
+    if len(inputs[0]):
+        title = f"df/dt of {len(inputs[0])} pictures in {kind}, h {h:g}. FLOPs by torch's counter, error to fp32 JVP"
+        rows = derivative_rows(networks["fp32"], networks[kind], row, h, inputs, a.repeats)
+        out["derivative"] = table(title, rows)
+    title = f"An update on {n} pictures in {kind}, compile {cfg.compile}. Useful FLOPs, their share of the matmul rates"
+    out["training"] = table(title, training_rows(cfg, network, row, h, flops, rates[kind], bf16, x, y, a.repeats))
+    count = a.sample_batch or (n if cuda else min(n, 16))
+    rows = sampling_rows(networks, row, shape, a.steps, count, flops, rates, device, a.repeats)
+    out["sampling"] = table(f"Sampling, {count} pictures at a time, no decoding", rows)
+    path = Path(a.out or Path(cfg.runs) / f"speed_{cfg.name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(out | provenance(), indent=1))
+    print(f"\n{path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_arguments(argv=None):
+    """The arguments, and what is left over for train.py's own parser under `speed`."""
+    shape = dict(allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, **shape)
+    commands, gpu = p.add_subparsers(dest="command", required=True), torch.cuda.is_available()
+
+    def add(name, text, network=True):
+        arg = commands.add_parser(name, help=text, description=text, **shape).add_argument
+        if network:
+            arg("--checkpoint", help="run folder or file (default: the newest under runs/)")
+            arg("--seed", type=int, default=0, help="of the noise (default 0)")
+            arg("--precision", choices=("fp32", "bf16"), default="bf16" if gpu else "fp32",
+                help="of attention and MLP (default: bf16 on cuda)")  # fmt: skip
+        if name != "speed":
+            arg("--device", default="cuda" if gpu else "cpu", help="default: cuda, else cpu")
+            arg("--batch", type=int, default=100, help="pictures per pass (default 100)")
+        return arg
+
+    arg = add("fid", "FID, KID, precision, recall and Inception Score over the number of steps")
+    arg("--reference", required=True, help="folder of pictures, demo, folder of a data set, .npz, or cached features")
+    arg("--reference_num", type=int, help="use so many of its pictures (default: all)")
+    arg("--images", help="score this folder of pictures instead of sampling")
+    arg("-n", "--num", type=int, help="pictures to score (default: 50000, or all of --images); behind torchrun\n"
+        "write -n, as it takes --num for its own --numa_binding")  # fmt: skip
+    arg("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128], help="a row each (default 1 2 4 .. 128)")
+    arg("--guidance", type=float, nargs="+", help="1 = off, several make a sweep (default: what the run says)")
+    arg("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        help="guide only at these times, as fractions of the range, ends included (default 0 1)")  # fmt: skip
+    arg("--strict_interval", action="store_true", help="leave the ends of the interval out")
+    arg("--side", type=int, help="crop pictures of folders to so many pixels (default: as stored)")
+    arg("--inception", help="weights in torch-fidelity's form (default: torch-fidelity downloads its own)")
+    arg("--cache", default="runs/reference", help="folder for features of references (default runs/reference)")
+    arg = add("consistency", "a jump against two composed, and f against its own target, by length of the interval")
+    arg("--data", help="pictures to start from (default: what the run was trained on)")
+    arg("--num", type=int, default=200, help="pictures per row (default 200)")
+    arg = add("clip", "CLIP score of pictures with captions.jsonl; needs transformers", network=False)
+    arg("--images", required=True, help='folder with captions.jsonl, {"file": ..., "caption": ...} a line')
+    arg("--num", type=int, help="only the first so many (default: all)")
+    arg("--model", default="openai/clip-vit-large-patch14", help="hub name or folder (default %(default)s)")
+    arg = add("speed", "derivative, training step, sampling. Further flags are those of train.py", network=False)
+    arg("--config", choices=train.PRESETS, required=True, help="preset of train.py")
+    arg("--steps", type=int, nargs="+", default=[1, 2, 8, 128], help="of sampling (default 1 2 8 128)")
+    arg("--sample_batch", type=int, help="pictures per pass of sampling (default: --batch, at most 16 on a CPU)")
+    arg("--repeats", type=int, default=10, help="per figure, at most 20 s; medians are shown (default 10)")
+    arg("--out", help="JSON file (default runs/speed_NAME.json)")
+    a, rest = p.parse_known_args(argv)
+    if rest and a.command != "speed":
+        p.error(f"unrecognized arguments: {' '.join(rest)}")
+    return a, rest
+
+
+def main(argv=None):
+    a, rest = parse_arguments(argv)
+    try:
+        torch.empty(0, device=getattr(a, "device", "cpu"))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
+    speed(a, rest) if a.command == "speed" else dict(fid=fid, consistency=consistency, clip=clip)[a.command](a)
+
+
+if __name__ == "__main__":
+    data.command(main)
