@@ -239,8 +239,8 @@ def parse_arguments(argv=None):
     add("--strict_interval", action="store_true", help="leave the ends of the interval out, as the authors do")
     add("--stochastic", type=float, default=0.0, help="share of noise renewed per step, otfm only (default 0)")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
-    add("--num", type=int, help="write this many single pictures into --out instead of a grid; under torchrun all\n"
-        "ranks share the work; run again to go on")
+    add("-n", "--num", type=int, help="write this many single pictures into --out instead of a grid; under torchrun all\n"
+        "ranks share the work (say -n there, --num is torchrun's own); run again to go on")
     add("--out", help="grid PNG (default samples.png), or the folder for --num")
     add("--batch", type=int, default=100, help="pictures per pass (default 100)")
     add("--autoencoder", help="place of the autoencoder: a folder or hub name (default: what the checkpoint names)")
@@ -286,6 +286,8 @@ def main(argv=None):
     a = parse_arguments(argv)
     path = a.checkpoint or newest()
     try:
+        if a.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=a.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error

@@ -505,8 +505,8 @@ def fail_nonfinite(step: int, seen) -> None:
     dist.all_gather_object(parts, bad)
     where = [line for part in parts for line in part] or [f"finite losses, t <= {max(t):g}, r >= {min(r):g}"]
     raise UserError(
-        f"step {step}: the gradient is not finite ({'; '.join(where[:4])}). Nothing of it was saved, the last checkpoint "
-        "is good. Try a lower --lr or --precision fp32, and look at the data"
+        f"step {step}: the gradient is not finite ({'; '.join(where[:4])}). Nothing of it was saved, the last "
+        "checkpoint is good. Try a lower --lr or --precision fp32, and look at the data"
     )
 
 
