@@ -512,7 +512,7 @@ def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# encode
+# The commands: encode and inspect
 
 
 @torch.no_grad()
@@ -730,10 +730,6 @@ def encode_shards(a, out, files, labels, makers, todo, device, quiet) -> None:
         each = ", ".join(f"{name} {1000 * seconds / n:.2f}" for name, seconds in spent.items())
         print(f"{n / whole:.1f} pictures/s; ms per picture: {each} (decode and resize over {a.workers} threads); "
               f"the network worked {spent['network'] / whole:.0%} of the time")  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# inspect
 
 
 def inspect(a) -> None:
