@@ -760,7 +760,8 @@ def inspect(a) -> None:
         print(f"no contact sheet: {error}")
         return
     pixels = decode(torch.from_numpy(x[:: max(1, len(x) // 32)][:32]))
-    grid(pixels[: len(pixels) // 8 * 8 or 1].reshape(-1, min(8, len(pixels)), *pixels.shape[1:])).save(a.sheet)
+    columns = min(8, len(pixels))
+    grid(pixels[: len(pixels) // columns * columns].reshape(-1, columns, *pixels.shape[1:])).save(a.sheet)
     print(f"contact sheet: {a.sheet}")
 
 
