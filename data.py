@@ -512,7 +512,7 @@ def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# encode
+# The commands: encode and inspect
 
 
 @torch.no_grad()
@@ -732,10 +732,6 @@ def encode_shards(a, out, files, labels, makers, todo, device, quiet) -> None:
               f"the network worked {spent['network'] / whole:.0%} of the time")  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# inspect
-
-
 def inspect(a) -> None:
     """What a set is, whether it is whole, and how it looks."""
     data = open_data(a.set)
@@ -764,7 +760,8 @@ def inspect(a) -> None:
         print(f"no contact sheet: {error}")
         return
     pixels = decode(torch.from_numpy(x[:: max(1, len(x) // 32)][:32]))
-    grid(pixels[: len(pixels) // 8 * 8 or 1].reshape(-1, min(8, len(pixels)), *pixels.shape[1:])).save(a.sheet)
+    columns = min(8, len(pixels))
+    grid(pixels[: len(pixels) // columns * columns].reshape(-1, columns, *pixels.shape[1:])).save(a.sheet)
     print(f"contact sheet: {a.sheet}")
 
 
