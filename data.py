@@ -765,7 +765,7 @@ def inspect(a) -> None:
     print(f"contact sheet: {a.sheet}")
 
 
-def main(argv=None):
+def parse_arguments(argv=None):
     style = dict(allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     parser = argparse.ArgumentParser(description=__doc__, **style)
     verbs = parser.add_subparsers(required=True)
@@ -791,7 +791,11 @@ def main(argv=None):
     p.add_argument("--autoencoder", help="for the contact sheet (default: the one the set was made with)")
     p.add_argument("--sheet", default="samples_contact.png", help="its contact sheet (default samples_contact.png)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
-    a = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    a = parse_arguments(argv)
     a.run(a)
 
 

@@ -1,7 +1,7 @@
 """Figures of a trained network: quality over the number of steps, its own identity, captions, speed.
 
     python evaluate.py fid --reference demo --num 2000 --steps 1 2 8      # newest run; torchrun shares the sampling
-    python evaluate.py consistency                                        # a long jump against two short ones
+    python evaluate.py consistency                                        # a long jump against two; error of df/dt by h
     python evaluate.py clip --images pictures                             # pictures beside captions.jsonl
     python evaluate.py speed --config demo --batch 64                     # takes every flag of train.py
 """
@@ -440,6 +440,24 @@ def identity(model, row, x, eps, t, s, r, y) -> dict:
     return dict(jump=jump, own=size(gaps[0]) / size(f), target=gaps[1].square().flatten(1).mean(1))
 
 
+def derivative_errors(model, row, x, eps, t, r, y):
+    """Relative error of df/dt by `finite_difference` over h, against forward-mode autodiff in float64, a row per h.
+
+    fp64 shows truncation alone, fp32 and bf16 (attention and MLP) what rounding adds: the choice of h.
+    """
+    nets = dict(fp64=copy.deepcopy(model).double(), fp32=model, bf16=lower_precision(copy.deepcopy(model)))
+    double = [v.double() for v in (x, eps, t, r)]
+    exact = transition.exact_derivative(train.see(nets["fp64"], row), row, *double, y)
+    for h in (0.001, 0.005, 0.01, 0.02, 0.05):
+        errors = {}
+        for name, net in nets.items():
+            df_dt = transition.finite_difference(
+                train.see(net, row), row, *(double if name == "fp64" else (x, eps, t, r)), y, h
+            )
+            errors[name] = float((df_dt - exact).norm() / exact.norm())
+        yield dict(h=f"{h:g}") | errors
+
+
 @torch.no_grad()
 def consistency(a):
     model, row, config, results, about = open_network(a)
@@ -468,7 +486,14 @@ def consistency(a):
     title = f"{a.num} pictures a row, length t - r as share of the range; medians, of the last column the mean\n"
     title += "jump: t -> r against t -> s -> r; own: f against its target on its own path; target: on the data's"
     got = table(title, bins())
-    append(results / "consistency.jsonl", about | dict(n=a.num, table=got))
+    n = min(a.num, a.batch)
+    x, y = source.read(np.arange(n), np.random.default_rng(a.seed)), source.labels[:n]
+    x, y = torch.from_numpy(x).to(a.device), torch.from_numpy(y).to(a.device)
+    times = (row.t_min + span * torch.rand(2, n, generator=data.rng(a.seed), dtype=torch.float64)).float().to(a.device)
+    eps = sample.initial_noise(x.shape[1:], a.seed, range(n), a.device)
+    inputs = x, eps, times.amax(0), times.amin(0), y
+    errors = table("relative error of df/dt by difference, by its half width h", derivative_errors(model, row, *inputs))
+    append(results / "consistency.jsonl", about | dict(n=a.num, table=got, derivative=errors))
     print(f"{results / 'consistency.jsonl'}: 1 more record")
 
 

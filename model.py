@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 SIZES = {  # adaln: hidden width of each block's modulation. Heads of 64 run unpadded in flash kernels, XL's 72 do not
     "demo": dict(depth=4, width=128, heads=4, adaln=64),
@@ -31,7 +32,12 @@ class Linear(nn.Linear):
     """A linear layer that computes in the type of its weight, whatever comes in."""
 
     def forward(self, x):
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        x = x.to(self.weight.dtype)
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            x, tangent = forward_ad.unpack_dual(x)
+            if tangent is not None:             # torch's own rule also multiplies by a zero tangent of the weight
+                return forward_ad.make_dual(F.linear(x, self.weight, self.bias), F.linear(tangent, self.weight))
+        return F.linear(x, self.weight, self.bias)
 
 
 class SwiGLU(nn.Module):

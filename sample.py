@@ -239,7 +239,7 @@ def parse_arguments(argv=None):
     add("--strict_interval", action="store_true", help="leave the ends of the interval out, as the authors do")
     add("--stochastic", type=float, default=0.0, help="share of noise renewed per step, otfm only (default 0)")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
-    add("-n", "--num", type=int, help="write this many single pictures into --out instead of a grid; under torchrun all\n"
+    add("-n", "--num", type=int, help="write so many single pictures into --out instead of a grid; under torchrun all\n"
         "ranks share the work (say -n there, --num is torchrun's own); run again to go on")
     add("--out", help="grid PNG (default samples.png), or the folder for --num")
     add("--batch", type=int, default=100, help="pictures per pass (default 100)")
