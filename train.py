@@ -667,7 +667,8 @@ def run_training(cfg: Config, device) -> None:
         began = time.perf_counter()
         batch = [next(stream) for _ in slots]
         waited = time.perf_counter() - began
-        batch = [tuple(v.to(device, non_blocking=True) for v in part) for part in batch]
+        to_device = lambda v: v.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else v.to(device)
+        batch = [tuple(map(to_device, part)) for part in batch]
         norm, *seen = train_step(model, ema, optimizer, row, cfg, h, step, batch, slots)
         log.add(norm, *seen, waited)
 

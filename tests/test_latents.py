@@ -1,7 +1,6 @@
 """Latent sets: what is encoded, how it is read, what happens to bad input; with tiny random autoencoders."""
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import data
@@ -426,9 +426,13 @@ def test_encode_inspect_train_sample_decode(place, tmp_path, autoencoder, capsys
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert not run.returncode, run.stderr
     model, row, config = sample.load(tmp_path / "runs/demo")
-    assert hasattr(model, "projector") == aligned
-    z = sample.initial_noise(config["data"]["shape"], 0, range(3))
-    x = sample.generate(model, row, z, torch.tensor([0, 1, 2]), 2)
+    names = safe_open(tmp_path / "runs/demo/ema.safetensors", "pt").keys()
+    assert any(k.startswith("projector.") for k in names) == aligned and not hasattr(model, "projector")
+    sample.main(["--checkpoint", str(tmp_path / "runs/demo"), "--steps", "1", "2", "--out", str(tmp_path / "grid.png")])
+    assert Image.open(tmp_path / "grid.png").size == ((3 * 34 - 2) * 2, (2 * 34 - 2) * 2)
+    x = sample.latents(model, row, config, range(3), 0, 2, [0, 1, 2])
     pixels = data.decoder(config["data"])(x)
     assert pixels.shape == (3, 32, 32, 3) and pixels.dtype == np.uint8 and pixels.std() > 0
-    assert os.path.getsize(tmp_path / "runs/demo/ema.safetensors") > 1e6
+    elsewhere = str(place / ("dc" if aligned else "kl"))
+    with pytest.raises(data.UserError, match="channels, the latents have"):
+        sample.main(["--checkpoint", str(tmp_path / "runs/demo"), "--autoencoder", elsewhere])
