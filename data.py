@@ -497,6 +497,8 @@ def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: i
     """
     if spec["kind"] != "latents":
         return lambda z: to_pixels(spec, z)
+    if not (autoencoder or spec["autoencoder"]):
+        raise UserError(f"{spec['shape'][0]} channels: no autoencoder is known; give --autoencoder, or --save_latents")
     vae, _ = load_autoencoder(autoencoder or spec["autoencoder"], device)
     if vae.config["latent_channels"] != spec["shape"][0]:
         raise UserError(f"--autoencoder {autoencoder} has {vae.config['latent_channels']} channels, the latents have "

@@ -161,11 +161,10 @@ said = set()
 
 def read_file(path: Path, side: int | None) -> np.ndarray:
     """uint8 (3, H, W), as stored or cropped. Grey is repeated and alpha dropped, which is said once."""
-    if side:
-        return data.read_picture(path, side)
     try:
         with Image.open(path) as picture:
-            mode, pixels = picture.mode, np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+            mode, whole = picture.mode, picture.convert("RGB")
+            pixels = data.crop(whole, side) if side else np.asarray(whole).transpose(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a whole picture ({error}); remove it or make it again") from error
     if mode != "RGB" and mode not in said:
@@ -319,18 +318,20 @@ def sampled_rows(a, n: int):
         raise UserError(f"--guidance {guidances}: the run had --drop 0 and knows no condition to guide from; use 1")
     if min(a.steps) < 1 or not 0 <= a.interval[0] <= a.interval[1] <= 1:
         raise UserError(f"--steps {a.steps}, --interval {a.interval}: steps from 1; rising fractions within 0 and 1")
+    decode = data.decoder(config["data"], a.device, a.autoencoder)
     way = f"{a.precision}_{a.interval[0]:g}_{a.interval[1]:g}{'_strict' * a.strict_interval}"
     for g in guidances:
         options = dict(guidance=g, interval=a.interval, strict=a.strict_interval)
         for k in a.steps:
             trace, network = [], f"{config['step']}_{about['weights'][:8]}"
             folder = results / network / f"seed{a.seed}_guidance{g:g}_{way}" / f"steps_{k}"
-            one = sample.images(model, row, config, [0], a.seed, k, classes, trace=trace, **options)
+            one = sample.images(model, row, config, [0], a.seed, k, classes, decode, trace=trace, **options)
 
             def draw(k=k, options=options, folder=folder):
-                job = argparse.Namespace(num=n, out=str(folder), steps=[k], batch=a.batch, seed=a.seed)
+                job = dict(num=n, out=str(folder), steps=[k], batch=a.batch, seed=a.seed, save_latents=False)
                 with contextlib.redirect_stdout(sys.stderr):
-                    sample.many(model, row, config, job, classes, options)
+                    job = argparse.Namespace(**job)
+                    sample.many(model, row, config, job, about["checkpoint"], classes, options, decode)
                 if dist.is_initialized():
                     dist.barrier()
                 return file_pictures(folder, [folder / f"{i:06}.png" for i in range(n)], None)
@@ -772,6 +773,7 @@ def parse_arguments(argv=None):
         help="guide only at these times, as fractions of the range, ends included (default 0 1)")  # fmt: skip
     arg("--strict_interval", action="store_true", help="leave the ends of the interval out")
     arg("--side", type=int, help="crop pictures of folders to so many pixels (default: as stored)")
+    arg("--autoencoder", help="place of the autoencoder, for latents (default: what the checkpoint names)")
     arg("--inception", help="weights in torch-fidelity's form (default: torch-fidelity downloads its own)")
     arg("--cache", default="runs/reference", help="folder for features of references (default runs/reference)")
     arg = add("consistency", "a jump against two composed, and f against its own target, by length of the interval")

@@ -319,13 +319,13 @@ def main(argv=None):
 def many(model, row, config, a, path, classes, options, decode):
     """--num pictures as {index:06}.png (or latents, a file per batch), shared over ranks, written by threads.
 
-    What is there already is not drawn again; sampling.json beside it says what it is, so that no two settings mix.
+    What is there already is not drawn again; FOLDER.json beside it says what it is, so that no two settings mix.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for n in a.steps:
         folder = Path(a.out) / (f"steps_{n}" if len(a.steps) > 1 else "")
         folder.mkdir(parents=True, exist_ok=True)
-        claim(folder / "sampling.json", options | dict(
+        claim(Path(f"{folder}.json"), options | dict(
             checkpoint=str(path), step=config["step"], steps=n, seed=a.seed, classes=classes, latents=a.save_latents))
         batches = [range(s, min(s + a.batch, a.num)) for s in range(0, a.num, a.batch)][rank::world]
         writes, total = [], sum(map(len, batches))
@@ -355,7 +355,7 @@ def claim(file: Path, record: dict) -> None:
     found = json.loads(file.read_text())
     for name in record.keys() | found.keys():
         if record.get(name) != found.get(name):
-            rule = f"{file.parent} holds samples with {name} = {found.get(name)}, not {record.get(name)}"
+            rule = f"{file.with_suffix('')} holds samples with {name} = {found.get(name)}, not {record.get(name)}"
             raise UserError(f"{rule}; give another --out, or empty it")
 
 

@@ -291,11 +291,11 @@ def damage(path, how):
 @pytest.mark.parametrize(
     "how, words",
     [
-        ("cut short", "not a whole safetensors file"),
-        ("text", "not a whole safetensors file"),
-        ("empty", "not a whole safetensors file"),
-        ("foreign", "no TiM configuration"),
-        ("foreign record", "no TiM configuration"),
+        ("cut short", "not a whole file of weights"),
+        ("text", "not a whole file of weights"),
+        ("empty", "not a whole file of weights"),
+        ("foreign", "1 channels: no autoencoder is known"),
+        ("foreign record", "is not one of this version"),
         ("missing", "missing blocks.1.attn.proj.bias"),
         ("unknown", "unknown extra.weight"),
         ("misshapen", "x_embedder.proj.bias (3,) instead of (32,)"),
@@ -304,7 +304,7 @@ def damage(path, how):
 def test_damaged_checkpoints_are_refused(run, capsys, how, words):
     damage(run / "ema.safetensors", how)
     message = refused(capsys, "--checkpoint", run)
-    assert words in message and "ema.safetensors" in message
+    assert words in message and ("ema.safetensors" in message or how == "foreign")
 
 
 def test_missing_checkpoints_are_refused(tmp_path, monkeypatch, capsys):
