@@ -49,7 +49,7 @@ def test_flops_of_the_derivatives():
     model.requires_grad_(False)
     row, x, forward = TRANSPORTS["tim"], torch.randn_like(eps), 4 * sum(evaluate.forward_flops(model, 24))
     inputs = x, eps, t, r, y
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as dde:   # torch 2.11 counts no fused CPU attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as dde:  # fused CPU attention is not counted
         finite_difference(model, row, *inputs, 0.005)
     assert dde.get_total_flops() == pytest.approx(2 * forward, rel=0.01)
     torch.testing.assert_close(evaluate.plain_jvp(model, row, *inputs), exact_derivative(model, row, *inputs))
