@@ -189,6 +189,9 @@ def check(cfg: Config) -> Config:
     for name in positive:
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be positive")
+    for name in ("h", "align", "warmup", "weight_decay", "weight_sigma", "sample_every", "keep_every", "seed"):
+        if not getattr(cfg, name) >= 0:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be 0 or more")
     for name in ("share_diffusion", "share_consistency", "drop", "decay", "ema", "guide_low", "guide_high"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"--{name} {getattr(cfg, name)}: a share lies in [0, 1]")
@@ -196,8 +199,6 @@ def check(cfg: Config) -> Config:
         raise UserError(f"--share_diffusion {cfg.share_diffusion} --share_consistency {cfg.share_consistency}: over 1")
     if (cfg.guide_gt, cfg.guide_cond) != (1, 0) and not cfg.drop:
         raise UserError("--guide_gt and --guide_cond need a network that knows no condition: give --drop 0.1")
-    if cfg.align < 0:
-        raise UserError(f"--align {cfg.align}: a weight, 0 or more")
     if "/" in cfg.name or cfg.name.startswith("."):
         raise UserError(f"--name {cfg.name}: one folder name, without / or a leading dot")
     try:

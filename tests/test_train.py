@@ -259,6 +259,7 @@ def finished(tmp_path_factory):
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--stepz", "3"], "unrecognized arguments: --stepz"),
         (["--steps", "0"], "--steps 0: must be positive"),
+        (["--h", "-1"], "--h -1.0: must be 0 or more"),
         (["--drop", "1.5"], "--drop 1.5: a share lies in [0, 1]"),
         (["--transport", "edm", "--tau", "tan"], "tau 'tan' stands times up to 1.571, the row 'edm' goes to 80"),
         (["--drop", "0", "--guide_gt", "2"], "need a network that knows no condition"),
