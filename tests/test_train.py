@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -87,6 +88,29 @@ def test_resume_is_exact_and_moves_between_world_sizes(reference, tmp_path):
 def test_jvp_and_bf16_run_sharded(tmp_path):
     succeed(tmp_path, "--steps", 3, "--derivative", "jvp", "--precision", "bf16", "--reduce", "bf16", ranks=2)
     assert all(0 < v < 10 for v in losses(tmp_path / "demo").values())
+
+
+def test_sharded_bf16_casts_weights_and_no_inputs():
+    """Under FSDP in bf16 attention and MLP compute in bf16; times, the residual stream, c, d and adaLN stay fp32."""
+    train.connect("cpu")
+    try:
+        torch.manual_seed(0)
+        model = TiM(2, 2, **SIZES["demo"], classes=3)
+        train.shard(model, dist.init_device_mesh("cpu", (1,)), train.PRESETS["demo"], True)
+        block, seen = model.blocks[1], {}
+        note = lambda name: lambda module, inputs: seen.update({name: inputs[0].dtype})
+        block.register_forward_pre_hook(lambda module, inputs: seen.update(block={v.dtype for v in inputs[:3]}))
+        block.attn.proj.register_forward_pre_hook(note("attention"))
+        block.mlp.fc2.register_forward_pre_hook(note("mlp"))
+        block.adaLN_modulation.fc2.register_forward_pre_hook(note("adaLN"))
+        model.t_embedder.register_forward_pre_hook(lambda module, inputs: seen.update(t=inputs[0].clone()))
+        t = torch.tensor([0.9013, 0.5007])
+        f = model(torch.randn(2, 2, 4, 4), t, t * 0.3, torch.tensor([0, 1]))
+        low, full = torch.bfloat16, torch.float32
+        assert torch.equal(seen.pop("t"), t) and f.dtype == full
+        assert seen == dict(block={full}, attention=low, mlp=low, adaLN=full)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
