@@ -133,7 +133,9 @@ def load_extractor(path, device):
     try:
         if path is not None:
             torch.load(path, map_location="cpu", weights_only=True)             # refuses code, which the library runs
-        return create_feature_extractor(EXTRACTOR, [FEATURES, SCORES], **wanted), digest(path) if path else "default"
+        net = create_feature_extractor(EXTRACTOR, [FEATURES, SCORES], **wanted)
+        net = net.to(memory_format=torch.channels_last)                         # a third less time on a CPU
+        return net, digest(path) if path else "default"
     except OSError as error:
         raise UserError(f"Inception's weights ({path}) not read or fetched: {error}; give --inception PATH") from error
     except Exception as error:                                                  # as many kinds as there are wrong files

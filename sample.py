@@ -153,7 +153,7 @@ def guided(y, null):
 @torch.no_grad()
 def generate(
     model: TiM, row: Transport, z: Tensor, y, steps, guidance: float = 1.0, interval=(0.0, 1.0), *,
-    strict: bool = False, null=None, shift: float = 1.0, stochastic: float = 0.0,
+    strict: bool = False, null=None, shift: float = 1.0, stochastic: float = 0.0, local: bool = False,
     noise: Callable[[int], Tensor] | None = None, trace: list | None = None,
 ) -> Tensor:  # fmt: skip
     """Carry noise to data: x_r = A x_t + B f, once per step.
@@ -166,6 +166,7 @@ def generate(
     shift       of the times, see `shift_times`.
     stochastic  s >= 0, otfm only: the share of noise renewed in every step but the first and the last; needs
                 noise(k), (B, C, H, W) ~ N(0, I) for step k.
+    local       show the network r = t at every step: the ordinary way, for one trained on r = t alone.
     trace       a list that gets (t, r, network evaluations per picture) per step, so NFE is counted, not claimed.
     returns     (B, C, H, W), x at the last time.
     raises      UserError for steps < 1 or times that do not fall within the row's range.
@@ -188,7 +189,8 @@ def generate(
     for k, (t, r) in enumerate(zip(times[:-1], times[1:])):
         guide = guidance != 1 and (low < t < high if strict else low <= t <= high)
         copies = 2 if guide else 1
-        seen_t, seen_r = (row.c_noise(s).to(x.device, torch.float32).expand(copies * len(x)) for s in (t, r))
+        shown = (t, t if local else r)
+        seen_t, seen_r = (row.c_noise(s).to(x.device, torch.float32).expand(copies * len(x)) for s in shown)
         f = model(torch.cat([x] * copies), seen_t, seen_r, guided(y, null) if guide else y).to(x.dtype)
         if guide:
             f_cond, f_null = f.chunk(2)
@@ -214,7 +216,8 @@ def latents(model, row, config, index, seed: int, steps, classes: list[int], **o
     z = initial_noise(shape, seed, index, device)
     y = torch.tensor([class_of(i, classes) for i in index], device=device)
     noise = lambda k: initial_noise(shape, seed, index, device, k)
-    return generate(model, row, z, y, steps, noise=noise, **options)
+    local = config["train"].get("share_diffusion") == 1
+    return generate(model, row, z, y, steps, noise=noise, local=local, **options)
 
 
 def images(model, row, config, index, seed: int, steps, classes: list[int], decode=None, **options) -> np.ndarray:

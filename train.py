@@ -531,7 +531,8 @@ def sample_grid(model, row, spec, cfg, path: Path, columns: int = 10) -> None:
         if dist.get_rank() == 0:
             print(f"{path} shows latent channels: {error}", flush=True)
     with torch.compiler.set_stance("force_eager"):                              # no compiling for a picture's batch
-        rows = [decode(generate(model, row, z, y, n, cfg.guidance)) for n in GRID_STEPS]
+        options = dict(guidance=cfg.guidance, local=cfg.share_diffusion == 1)
+        rows = [decode(generate(model, row, z, y, n, **options)) for n in GRID_STEPS]
     path.parent.mkdir(exist_ok=True)
     first_rank(lambda: data.grid(np.stack(rows), scale=max(1, 64 // rows[0].shape[1])).save(path))
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 from data import UserError
-from sample import generate, images, initial_noise, load, main, save
+from sample import generate, images, initial_noise, latents, load, main, save
 from transition import TRANSPORTS
 
 SAMPLE = Path(__file__).parent.parent / "sample.py"
@@ -83,6 +83,25 @@ def test_equal_steps_are_equal_and_shifted_ones_have_shifted_odds():
     trace = []
     generate(Oracle(row), row, z, labels(z), 4, shift=3.0, trace=trace)
     assert [s[1] / (1 - s[1]) for s in trace] == pytest.approx([9, 3, 1, 0])
+
+
+def test_a_network_of_r_equal_t_alone_is_sampled_the_ordinary_way():
+    """f = t - r, so one that is always shown r = t says 0 and leaves the noise where it is."""
+
+    class Interval:
+        classes = 10
+
+        def __call__(self, x, t, r, y):
+            return (t - r)[:, None, None, None].expand(x.shape)
+
+    row, z, spec = TRANSPORTS["otfm"], initial_noise((1, 2, 2), 0, [0, 1]), dict(shape=[1, 2, 2])
+    assert (generate(Interval(), row, z, labels(z), 3) - z).abs().min() > 0.1
+    torch.testing.assert_close(generate(Interval(), row, z, labels(z), 3, local=True), z)
+    for share, expected in ((1.0, z), (0.5, generate(Interval(), row, z, labels(z), 3))):
+        network = torch.nn.Linear(1, 1)
+        network.forward, network.classes = Interval().__call__, 10
+        found = latents(network, row, dict(data=spec, train=dict(share_diffusion=share)), [0, 1], 0, 3, [0])
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("steps", [0, -1, [1.0], [0.5, 0.5], [0.2, 0.4], [1.1, 0.0], [1.0, -0.1]])
