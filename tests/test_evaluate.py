@@ -402,4 +402,4 @@ def test_the_genuine_network_on_two_folders(tmp_path, monkeypatch):
         input1="a", input2="b", fid=True, cuda=False, cache=False, verbose=False,
         feature_extractor_weights_path=os.environ["TIM_INCEPTION"],
     )  # fmt: skip
-    assert records("a/eval.jsonl")[0]["FID"] == pytest.approx(want["frechet_inception_distance"], abs=1e-6)
+    assert records("a/eval.jsonl")[0]["FID"] == pytest.approx(want["frechet_inception_distance"], rel=1e-6)
