@@ -28,16 +28,41 @@ SIZES = {  # adaln: hidden width of each block's modulation. Heads of 64 run unp
 }
 
 
+def unpack(x):
+    """x and its tangent (None without one), where forward-mode autodiff runs without gradients; else x and None."""
+    by_torch = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    return (x, None) if by_torch else forward_ad.unpack_dual(x)
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in the type of its weight, whatever comes in."""
 
     def forward(self, x):
-        x = x.to(self.weight.dtype)
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            x, tangent = forward_ad.unpack_dual(x)
-            if tangent is not None:             # torch's own rule also multiplies by a zero tangent of the weight
-                return forward_ad.make_dual(F.linear(x, self.weight, self.bias), F.linear(tangent, self.weight))
-        return F.linear(x, self.weight, self.bias)
+        x, dx = unpack(x.to(self.weight.dtype))
+        out = F.linear(x, self.weight, self.bias)
+        if dx is None:
+            return out
+        return forward_ad.make_dual(out, F.linear(dx, self.weight))             # torch adds a product by zero
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(K)) v, fused; mask broadcasts to (B, H, N, L), True = look. (B, H, N, K) -> same.
+
+    Fused attention has no forward-mode rule, so here is one: with P the softmax and P' its tangent,
+    dout = P' v + P dv, P' = P (S' - sum(P S')), S' = (dq k^T + q dk^T) / sqrt(K). It holds N x L numbers per head.
+    """
+    (q, dq), (k, dk), (v, dv) = unpack(q), unpack(k), unpack(v)
+    out = F.scaled_dot_product_attention(q, k, v, mask)
+    if dq is None:
+        return out
+    scores, slopes = q @ k.mT, dq @ k.mT if dk is None else dq @ k.mT + q @ dk.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    scale = q.shape[3] ** -0.5
+    p = (scores * scale).softmax(3)
+    slopes = p * slopes * scale
+    dout = slopes @ v - slopes.sum(3, keepdim=True) * out
+    return forward_ad.make_dual(out, dout if dv is None else dout + p @ dv)
 
 
 class SwiGLU(nn.Module):
@@ -119,8 +144,13 @@ def rope_table(h, w, head, theta, layout, device):
 def rotate(x, rope):
     """Turn the interleaved pairs (a, b) of each head by its token's angles: (B, H, N, K) -> same, in x's type."""
     cos, sin = rope
-    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+    pairs = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():           # which fuses real numbers and knows no complex ones
+        a, b = pairs.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
+    else:                                       # one pass over memory instead of seven
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -140,7 +170,7 @@ class Attention(nn.Module):
             qkv = qkv + self.qkv_d(d)[:, None]
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, K)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        x = F.scaled_dot_product_attention(q, k, v)                             # (B, H, N, K)
+        x = attend(q, k, v)                                                     # (B, H, N, K)
         return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
 
 
@@ -158,7 +188,7 @@ class CrossAttention(nn.Module):
         k, v = self.kv(caption).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), rope), self.k_norm(k)
         mask = None if mask is None else mask[:, None, None]                    # (B, 1, 1, L), True = look
-        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 def modulate(x, shift, scale):

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Coefficient = Callable[[Tensor], Tensor]
 
@@ -212,11 +211,10 @@ def finite_difference(net, row: Transport, x: Tensor, eps: Tensor, t: Tensor, r:
 def exact_derivative(net, row: Transport, x: Tensor, eps: Tensor, t: Tensor, r: Tensor, y) -> Tensor:
     """df/dt along the path of (x, eps) at fixed r by forward-mode autodiff (JVP): what `finite_difference` approaches.
 
-    Same arguments and result. Fused attention has no forward-mode rule, so this runs attention as plain products, and
-    compiled code eagerly.
+    Same arguments and result. All that net does needs a forward-mode rule (fused attention has none of torch's,
+    `model.attend` has its own); compiled code runs eagerly.
     """
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+    with torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
         s = forward_ad.make_dual(t, torch.ones_like(t))
         f = net(interpolate(row, x, eps, s), s, r, y)
         return forward_ad.unpack_dual(f).tangent

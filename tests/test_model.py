@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from oracle import lively, pair
+from torch.autograd import forward_ad
 
-from model import SIZES, TiM, lower_precision, rope_table, rotate
+from model import SIZES, TiM, attend, lower_precision, rope_table, rotate
 from transition import TRANSPORTS, exact_derivative, finite_difference
 
 
@@ -201,6 +202,27 @@ def test_forward_mode_and_differences_agree_through_the_network(row):
         for h in (2e-3, 1e-3, 1e-5)
     ]
     assert error[0] / error[1] == pytest.approx(4, rel=0.05) and error[2] < 1e-6
+
+
+@pytest.mark.parametrize("moves", ["qkv", "q"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_has_the_tangent_of_plain_products(moves, masked):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, *d = (torch.randn(2, 3, n, 8, generator=rng, dtype=torch.float64) for n in (5, 7, 7) * 2)
+    mask = torch.rand(2, 1, 1, 7, generator=rng) < 0.6 if masked else None
+    d = [x * (name in moves) for name, x in zip("qkv", d)]
+
+    def plain(q, k, v):
+        scores = q @ k.mT / 8**0.5
+        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(3) @ v
+
+    out, dout = torch.func.jvp(plain, (q, k, v), tuple(d))
+    with torch.no_grad(), forward_ad.dual_level():
+        args = [forward_ad.make_dual(x, dx) if dx.any() else x for x, dx in zip((q, k, v), d)]
+        found, tangent = forward_ad.unpack_dual(attend(*args, mask))
+    torch.testing.assert_close(found, out)
+    torch.testing.assert_close(tangent, dout)
+    torch.testing.assert_close(attend(q, k, v, mask), out)
 
 
 def test_rounding_does_not_drown_the_difference():
