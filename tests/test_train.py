@@ -66,6 +66,16 @@ def reference(tmp_path_factory):
     return runs / "one"
 
 
+WALK = [  # before attention, rotation and modulation were made faster, in fp32
+    3.373775, 4.888317, 3.820470, 4.082228, 3.969572, 4.128524, 4.296753, 3.942585, 4.017694, 3.995374, 4.343675,
+    3.614605, 4.978031, 4.346862, 4.045476, 3.896263, 4.850243, 3.182921, 3.515659, 3.672102,
+]  # fmt: skip
+
+
+def test_no_lever_changes_the_walk(reference):
+    assert list(losses(reference).values()) == pytest.approx(WALK, rel=1e-4)
+
+
 def test_four_ranks_walk_like_one(reference, tmp_path):
     """Hybrid sharding and recomputed activations, too: 2 copies of 2 shards, same losses and weights."""
     flags = ["--steps", 20, "--guide_gt", 1.5, "--replicate", 2, "--checkpointing", "--name", "four"]
