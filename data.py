@@ -397,7 +397,8 @@ def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", fe
         data = PictureFolder(folder, shape[1] if shape else 0)
     if features and getattr(data, "features", None) is None:
         raise UserError(f"--data {path} has no features; add them: data.py encode --features NAME and its other flags")
-    found = (*data.spec["shape"], len(data.spec["classes"]), data.spec.get("autoencoder", ""))
+    known = data.spec.get("autoencoder", autoencoder if path == "random" else "")  # noise stands for any latents
+    found = (*data.spec["shape"], len(data.spec["classes"]), known)
     want = (*(shape or (0, 0, 0)), classes, autoencoder)
     for name, asked, have in zip(("channels", "height", "width", "classes", "autoencoder"), want, found):
         if asked and asked != have:

@@ -612,6 +612,14 @@ def matmul_rates(model, rows: int, device, dtype, repeats: int) -> dict:
     return out
 
 
+def attention_kernel(net, inputs) -> str:
+    """The kernel that torch chose for attention, by its profile of one pass of `net`(*inputs) without gradients."""
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        net(*inputs)
+    names = {e.key.removeprefix("aten::_scaled_dot_product_") for e in profile.key_averages()}
+    return ", ".join(sorted(n for n in names if n.startswith(("flash", "efficient", "cudnn", "fused", "attention"))))
+
+
 def plain_jvp(net, row, x, eps, t, r, y):
     """df/dt by torch.func.jvp as one would write it down: attention as plain products and, because gradients are on
     (nothing here asks for any), torch's own rules instead of the network's."""
@@ -683,6 +691,14 @@ def sampling_rows(networks, row, shape, steps, batch, flops, rates, device, repe
             yield dict(sampling=f"{name}, guidance {guidance:g}", steps=k, NFE=nfe) | speed | share
 
 
+def decoding_rows(autoencoder: str, shape, batch: int, device, repeats):
+    """Latents to pixels on the host, as sample.py decodes them."""
+    decode = data.decoder(dict(kind="latents", autoencoder=autoencoder, shape=shape, scale=1.0, shift=0.0), device)
+    z = torch.randn(batch, *shape, device=device)
+    ((seconds, peak),) = measure([lambda: decode(z)], device, repeats)
+    yield {"decoding": f"{autoencoder[-20:]}, fp32", "ms": 1e3 * seconds, "images/s": batch / seconds, "MiB": peak}
+
+
 def speed(a, rest):
     """Three tables of one network in one run; every flag of train.py changes it."""
     cfg, _ = train.parse_config(["--config", a.config, *rest])
@@ -728,6 +744,8 @@ def speed_tables(a, cfg, device):
     t, r = transition.sample_times(row, n, cfg.share_diffusion, cfg.share_consistency, rng, cfg.time_mean, cfg.time_std)
     inputs = tuple(v[transition.diffusion_count(n, cfg.share_diffusion) :] for v in (x, eps, t, r, y))
     out = dict(config=asdict(cfg), device=name, parameters=size, tokens=tokens, flops=sum(flops), matmul=rates, h=h)
+    out["attention"] = {k: attention_kernel(train.see(net, row), (x, t, r, y)) for k, net in networks.items()}
+    print("attention in " + "; ".join(f"{k}: {kernel}" for k, kernel in out["attention"].items()))
     if len(inputs[0]):
         title = f"df/dt of {len(inputs[0])} pictures in {kind}, h {h:g}. FLOPs by torch's counter, error to fp32 JVP"
         rows = derivative_rows(networks["fp32"], networks[kind], row, h, inputs, a.repeats)
@@ -737,6 +755,11 @@ def speed_tables(a, cfg, device):
     count = a.sample_batch or (n if cuda else min(n, 16))
     rows = sampling_rows(networks, row, shape, a.steps, count, flops, rates, device, a.repeats)
     out["sampling"] = table(f"Sampling, {count} pictures at a time, no decoding", rows)
+    try:
+        rows = decoding_rows(cfg.autoencoder, shape, count, device, a.repeats) if cfg.autoencoder else ()
+        out["decoding"] = rows and table(f"Decoding, {count} pictures at a time", rows)
+    except UserError as error:
+        print(f"\nDecoding was not measured: {error}")
     path = Path(a.out or Path(cfg.runs) / f"speed_{cfg.name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(out | provenance(), indent=1))

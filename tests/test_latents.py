@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import data
+import evaluate
 import sample
 import train
 from data import UserError
@@ -436,3 +437,14 @@ def test_encode_inspect_train_sample_decode(place, tmp_path, autoencoder, capsys
     elsewhere = str(place / ("dc" if aligned else "kl"))
     with pytest.raises(data.UserError, match="channels, the latents have"):
         sample.main(["--checkpoint", str(tmp_path / "runs/demo"), "--autoencoder", elsewhere])
+
+
+def test_speed_times_the_decoder(place, tmp_path, capsys):
+    flags = "--config imagenet_b --size demo --channels 8 --side 4 --patch 2 --batch 2 --steps 1 --repeats 1"
+    for autoencoder, n in ((place / "dc", 1), (place / "nothing", 0)):
+        out = tmp_path / "speed.json"
+        device = ["--no-compile", "--device", "cpu", "--precision", "fp32"]
+        evaluate.main(["speed", *flags.split(), *device, "--autoencoder", str(autoencoder), "--out", str(out)])
+        rows = json.loads(out.read_text()).get("decoding", [])
+        assert len(rows) == n and all(row["images/s"] > 0 and row["MiB"] > 0 for row in rows)
+    assert "Decoding was not measured" in capsys.readouterr().out

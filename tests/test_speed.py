@@ -83,6 +83,7 @@ def test_the_three_tables(tmp_path, capsys):
     assert plain["error"] < 1e-5 and exact["error"] < 1e-5 < one["error"] < 0.05
     assert [(row["steps"], row["NFE"]) for row in got["sampling"][:4]] == [(1, 1), (2, 2), (1, 2), (2, 4)]
     assert all(0 < row["of shapes"] for row in got["training"] + got["sampling"])
+    assert got["attention"] == {"fp32": "flash_attention_for_cpu"}
     assert got["config"]["patch"] == 14 and {"commit", "device", "matmul"} <= got.keys()
     assert "GFLOP/s" in capsys.readouterr().out
 

@@ -95,6 +95,11 @@ def test_resume_is_exact_and_moves_between_world_sizes(reference, tmp_path):
     assert_same(weights(reference), weights(tmp_path / "moved"), atol=1e-5, rtol=1e-5)
 
 
+def test_large_presets_run_on_noise(tmp_path):
+    """--data random stands for the latents of any autoencoder, so that a preset's speed needs no data."""
+    assert "all 1 updates are done" in succeed(tmp_path, "--config", "imagenet_xl", "--size", "demo", "--steps", 1)
+
+
 def test_jvp_and_bf16_run_sharded(tmp_path):
     succeed(tmp_path, "--steps", 3, "--derivative", "jvp", "--precision", "bf16", "--reduce", "bf16", ranks=2)
     assert all(0 < v < 10 for v in losses(tmp_path / "demo").values())
