@@ -172,10 +172,11 @@ def read_captions(source: Path) -> dict[str, dict]:
             except (ValueError, KeyError, TypeError) as error:
                 if line.strip():
                     faults.append(f"  line {number}: {type(error).__name__}: {error}")
+    if not found:
+        why = faults[0].strip() if faults else "empty"
+        raise UserError(f'{source}: no line is {{"image_file": "a.png", "captions": ["a text", ...]}}; {why}')
     if faults and os.environ.get("RANK", "0") == "0":
         print("\n".join([f"{source}: {len(faults)} broken lines are skipped", *faults[:20]]), file=sys.stderr)
-    if not found:
-        raise UserError(f'{source}: no line as it should be, {{"image_file": "a.png", "captions": ["..."]}}')
     return found
 
 
