@@ -293,7 +293,10 @@ def load_text_encoder(name: str, device="cpu", length: int = 256):
         parts = [{k: v[i : i + 64] for k, v in tokens.items()} for i in range(0, len(captions), 64)]
         return torch.cat([net(**part).last_hidden_state for part in parts]), tokens["attention_mask"].bool()
 
-    return encode, dict(encoder=place, length=length, width=encode([""])[0].shape[2])
+    try:
+        return encode, dict(encoder=place, length=length, width=encode([""])[0].shape[2])
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{flag}: gives no last hidden state of a text ({error}); give a text model") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -228,6 +228,23 @@ def test_a_picture_does_not_depend_on_its_batch_mates():
             assert gap < 1e-4 if masked or i == 2 else gap > 1e-3, (masked, prompt)
 
 
+def test_a_dropped_caption_is_the_empty_one():
+    """Whatever the network is shown in a step is the caption, or, if dropped or to be guided from, that of ""."""
+    torch.manual_seed(0)
+    texts = data.Texts(data.Captions([["red"], ["blue"]]), data.hash_words, "cpu")
+    want, _ = data.hash_words(["red", "blue", ""])
+    model, row = TiM(3, 4, depth=1, width=32, heads=2, adaln=16, caption=128), train.TRANSPORTS["tim"]
+    x, y, shown = torch.randn(8, 3, 8, 8), torch.arange(8) % 2, []
+    model.y_embedder.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
+    for drop, expect in ((1.0, {2}), (0.0, {0, 1})):
+        for guide in (1.0, 2.0):
+            shown.clear()
+            cfg = train.Config(drop=drop, guide_gt=guide)
+            train.objective(model, model, row, cfg, 0.005, x, y, data.rng(0), texts=texts)
+            seen = {int((want == f).all(-1).all(-1).nonzero()) for part in shown for f in part}
+            assert seen == expect | ({2} if guide == 2 else set())
+
+
 @pytest.mark.parametrize("table", [4096, 2])
 def test_training_resumes_exactly(folder, tmp_path, monkeypatch, table):
     """Six updates at once or three and three, with features at hand or encoded batch by batch: the same weights."""
