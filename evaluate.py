@@ -729,11 +729,22 @@ def plain_jvp(net, row, x, eps, t, r, y):
         return torch.func.jvp(path, (t,), (torch.ones_like(t),))[1]
 
 
-def derivative_rows(model, low, row, h, inputs, repeats):
+class NoiseTexts:
+    """Stands for data.Texts where only the time counts: random features (B, L, F) of L real tokens each."""
+
+    def __init__(self, length: int, width: int, device):
+        self.features, self.null = torch.randn(1, length, width, device=device), 1
+
+    def __call__(self, y):
+        features = self.features.expand(len(y), -1, -1)
+        return features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+
+
+def derivative_rows(model, low, row, h, inputs, repeats, texts=None):
     """The paper's Table 2 on the samples with r < t: `low` computes as training does, `model` is its fp32 twin."""
-    net, device = train.see(low, row), inputs[0].device
+    net, device = train.see(low, row, texts), inputs[0].device
     parts = zip(*(v.split(32) for v in inputs))                                 # its attention takes memory
-    exact = torch.cat([transition.exact_derivative(train.see(model, row), row, *part) for part in parts])
+    exact = torch.cat([transition.exact_derivative(train.see(model, row, texts), row, *part) for part in parts])
     halves = lambda *args: torch.cat([net(*half) for half in zip(*(v.chunk(2) for v in args))])
     ways = {
         "DDE, one pass": lambda: transition.finite_difference(net, row, *inputs, h),
@@ -747,7 +758,7 @@ def derivative_rows(model, low, row, h, inputs, repeats):
         yield dict(derivative=name, ms=1e3 * seconds, GFLOPs=counter.get_total_flops() / 1e9, MiB=peak, error=error)
 
 
-def training_rows(cfg, network, row, h, flops, rates, bf16, x, y, repeats):
+def training_rows(cfg, network, row, h, flops, rates, bf16, x, y, repeats, texts=None):
     """A whole update, built and sharded as train.py does. Peak memory has weights, average and moments in it."""
     linear, attention = flops
     device, free = x.device, len(x) - transition.diffusion_count(len(x), cfg.share_diffusion)
@@ -763,7 +774,7 @@ def training_rows(cfg, network, row, h, flops, rates, bf16, x, y, repeats):
     }
 
     def update(arm):
-        loss, *_ = train.objective(model, ema, row, arm, h, x, y, data.rng(0, 0, device=device))
+        loss, *_ = train.objective(model, ema, row, arm, h, x, y, data.rng(0, 0, device=device), texts=texts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
         optimizer.step()
@@ -778,14 +789,16 @@ def training_rows(cfg, network, row, h, flops, rates, bf16, x, y, repeats):
         yield dict(step=name) | cost | {"MiB": kept + peak, "GFLOPs": useful / 1e9} | shares
 
 
-def sampling_rows(networks, row, shape, steps, batch, flops, rates, device, repeats):
+def sampling_rows(networks, row, shape, steps, batch, flops, rates, device, repeats, texts=None):
     """Noise to network space. networks: {"fp32": model, "bf16": ...}."""
     z, y = sample.initial_noise(shape, 0, range(batch), device), torch.zeros(batch, dtype=torch.int64, device=device)
+    y, null = (texts(y), texts(y)) if texts else (y, None)
+    first = lambda v: tuple(map(first, v)) if isinstance(v, tuple) else None if v is None else v[:1]
     for name, model in networks.items():
         for guidance, k in ((g, k) for g in (1.0, 1.5) for k in steps):
             trace = []
-            sample.generate(model, row, z[:1], y[:1], k, guidance, trace=trace)
-            run = lambda: sample.generate(model, row, z, y, k, guidance)
+            sample.generate(model, row, z[:1], first(y), k, guidance, null=first(null), trace=trace)
+            run = lambda: sample.generate(model, row, z, y, k, guidance, null=null)
             ((seconds, _),), nfe = measure([run], device, repeats), sum(passes for _, _, passes in trace)
             speed = {"ms": 1e3 * seconds, "images/s": batch / seconds}
             share = {"of shapes": batch * nfe * sum(flops) / seconds / rates[name]["shapes"]}
@@ -812,10 +825,14 @@ def speed(a, rest):
 
 def speed_tables(a, cfg, device):
     shape, classes, row = (cfg.channels, cfg.side, cfg.side), cfg.classes, transition.TRANSPORTS[cfg.transport]
-    if not (all(shape) and classes):
+    length, caption = 256, cfg.caption
+    if not (all(shape) and (classes or caption)):
         spec = data.open_data(cfg.data, shape, classes).spec
         shape, classes = tuple(spec["shape"]), len(spec["classes"])
-    network = train.network_of(cfg, shape, classes)
+    if not (classes or caption):
+        length, caption = (data.load_text_encoder(cfg.text_encoder)[1][k] for k in ("length", "width"))
+    network = train.network_of(cfg, shape, classes, caption=caption)
+    texts = NoiseTexts(length, caption, device) if caption else None
     torch.manual_seed(cfg.seed)
     model = TiM(**network).to(device).requires_grad_(False)
     for p in model.parameters():
@@ -831,7 +848,7 @@ def speed_tables(a, cfg, device):
             block.compile()
     kind, h, rng = "bf16" if bf16 else "fp32", train.difference_width(cfg, bf16), data.rng(cfg.seed, device=device)
     tokens = shape[1] * shape[2] // cfg.patch**2
-    flops, rates = forward_flops(model, tokens), {}
+    flops, rates = forward_flops(model, tokens, length if texts else 0), {}
     name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"
     size = sum(p.numel() for p in model.parameters())
     print(f"{cfg.name}: {size:,} parameters, {tokens} tokens, {sum(flops) / 1e9:.4g} GFLOPs a picture, on {name}")
@@ -841,20 +858,21 @@ def speed_tables(a, cfg, device):
         print(f"matmul in {k}: {of} (of the network, large)")
 
     x, eps = torch.randn(2, n, *shape, generator=rng, device=device)
-    y = torch.randint(classes, (n,), generator=rng, device=device)
+    y = torch.randint(classes or 1, (n,), generator=rng, device=device)
     t, r = transition.sample_times(row, n, cfg.share_diffusion, cfg.share_consistency, rng, cfg.time_mean, cfg.time_std)
     inputs = tuple(v[transition.diffusion_count(n, cfg.share_diffusion) :] for v in (x, eps, t, r, y))
     out = dict(config=asdict(cfg), device=name, parameters=size, tokens=tokens, flops=sum(flops), matmul=rates, h=h)
-    out["attention"] = {k: attention_kernel(train.see(net, row), (x, t, r, y)) for k, net in networks.items()}
+    out["attention"] = {k: attention_kernel(train.see(net, row, texts), (x, t, r, y)) for k, net in networks.items()}
     print("attention in " + "; ".join(f"{k}: {kernel}" for k, kernel in out["attention"].items()))
     if len(inputs[0]):
         title = f"df/dt of {len(inputs[0])} pictures in {kind}, h {h:g}. FLOPs by torch's counter, error to fp32 JVP"
-        rows = derivative_rows(networks["fp32"], networks[kind], row, h, inputs, a.repeats)
+        rows = derivative_rows(networks["fp32"], networks[kind], row, h, inputs, a.repeats, texts)
         out["derivative"] = table(title, rows)
     title = f"An update on {n} pictures in {kind}, compile {cfg.compile}. Useful FLOPs, their share of the matmul rates"
-    out["training"] = table(title, training_rows(cfg, network, row, h, flops, rates[kind], bf16, x, y, a.repeats))
+    rows = training_rows(cfg, network, row, h, flops, rates[kind], bf16, x, y, a.repeats, texts)
+    out["training"] = table(title, rows)
     count = a.sample_batch or (n if cuda else min(n, 16))
-    rows = sampling_rows(networks, row, shape, a.steps, count, flops, rates, device, a.repeats)
+    rows = sampling_rows(networks, row, shape, a.steps, count, flops, rates, device, a.repeats, texts)
     out["sampling"] = table(f"Sampling, {count} pictures at a time, no decoding", rows)
     try:
         rows = decoding_rows(cfg.autoencoder, shape, count, device, a.repeats) if cfg.autoencoder else ()

@@ -72,10 +72,11 @@ def test_measure_counts_memory_and_time():
     assert time.perf_counter() - begin < 2
 
 
-def test_the_three_tables(tmp_path, capsys):
-    flags = "--patch 14 --batch 8 --steps 1 2 --repeats 1 --sample_batch 2 --device cpu --precision fp32"
-    out = tmp_path / "speed.json"
-    evaluate.main(["speed", "--config", "demo", *flags.split(), "--out", str(out)])
+@pytest.mark.parametrize("config", ["demo", "t2i_xl"])
+def test_the_three_tables(config, tmp_path, capsys):
+    flags = "--patch 14 --size demo --channels 1 --side 28 --batch 8 --steps 1 2 --repeats 1 --sample_batch 2"
+    out, flags = tmp_path / "speed.json", flags + " --device cpu --precision fp32 --no-compile --autoencoder="
+    evaluate.main(["speed", "--config", config, *flags.split(), "--out", str(out)])
     got = json.loads(out.read_text())
     assert [row["step"] for row in got["training"]] == ["diffusion only", "DDE", "JVP", "DDE + model guidance"]
     one, two, plain, exact = got["derivative"]
