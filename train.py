@@ -50,8 +50,10 @@ from transition import (
     finite_difference,
     guided_pair,
     interpolate,
+    resolution_shift,
     sample_loss,
     sample_times,
+    shift_times,
     time_weight,
     transition_target,
     twice,
@@ -86,6 +88,7 @@ class Config:
     share_consistency: float = opt(0.1, "share of samples with r = t_min")
     time_mean: float | None = opt(None, "mean of the draw of times, default the row's")
     time_std: float | None = opt(None, "standard deviation of the draw of times, default the row's")
+    shift: int = opt(0, "tokens of a picture whose times stay; s = sqrt(its tokens / this) shifts them, 0 = never")
     derivative: str = opt("dde", "df/dt by central difference or forward-mode autodiff", ("dde", "jvp"))
     h: float = opt(0.0, "half width of the difference, as the network sees time; 0 = .001 in fp32, .01 in bf16")
     tau: str = opt("tan", "interval weighting: function of time", tuple(TAUS))
@@ -105,6 +108,7 @@ class Config:
     steps: int = opt(1000, "length of training in updates")
     batch: int = opt(128, "pictures per update, over all ranks")
     accumulate: int = opt(1, "micro-batches per update and rank")
+    mix: int = opt(1, "buckets per update on a --native set; divides ranks x accumulate")
     lr: float = opt(2e-3, "AdamW learning rate")
     warmup: int = opt(100, "updates of linear warm-up")
     decay: float = opt(0.0, "last share of the updates in which the rate falls linearly to zero")
@@ -185,11 +189,11 @@ def parse_config(argv=None) -> tuple[Config, int]:
 
 def check(cfg: Config) -> Config:
     """Raise UserError for values that cannot work together, before anything is built."""
-    positive = ("patch", "steps", "batch", "accumulate", "lr", "clip", "log_every", "save_every", "keep")
+    positive = ("patch", "steps", "batch", "accumulate", "mix", "lr", "clip", "log_every", "save_every", "keep")
     for name in positive:
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be positive")
-    for name in ("h", "align", "warmup", "weight_decay", "weight_sigma", "sample_every", "keep_every", "seed"):
+    for name in ("h", "align", "shift", "warmup", "weight_decay", "weight_sigma", "sample_every", "keep_every", "seed"):
         if not getattr(cfg, name) >= 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be 0 or more")
     for name in ("share_diffusion", "share_consistency", "drop", "decay", "ema", "guide_low", "guide_high"):
@@ -206,6 +210,10 @@ def check(cfg: Config) -> Config:
             check_weight(TRANSPORTS[cfg.transport], cfg.tau)
     except ValueError as error:
         raise UserError(f"--tau {cfg.tau}: {error}") from error
+    try:
+        shift_times(TRANSPORTS[cfg.transport], torch.ones(1), 2.0 if cfg.shift else 1.0)
+    except ValueError as error:
+        raise UserError(f"--shift {cfg.shift}: {error}; use 0") from error
     return cfg
 
 
@@ -246,7 +254,9 @@ def objective(model, ema, row, cfg, h, x, y, rng, features=None):
     """
     null = torch.full_like(y, model.classes)
     y = torch.where(torch.rand(len(y), generator=rng, device=x.device) < cfg.drop, null, y)
-    t, r = sample_times(row, len(x), cfg.share_diffusion, cfg.share_consistency, rng, cfg.time_mean, cfg.time_std)
+    shares = cfg.share_diffusion, cfg.share_consistency
+    shift = resolution_shift(x[0, 0].numel() // cfg.patch**2, cfg.shift)
+    t, r = sample_times(row, len(x), *shares, rng, cfg.time_mean, cfg.time_std, shift)
     eps = torch.randn(x.shape, generator=rng, device=x.device)
     if (cfg.guide_gt, cfg.guide_cond) != (1, 0):
         x, eps = guide(ema, row, cfg, x, eps, t, y, null)
@@ -336,7 +346,7 @@ def shard(model, mesh, cfg: Config, bf16: bool):
         if cfg.checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
-            block.compile()
+            block.compile(dynamic=False)                                        # a bucket's shape is compiled as it is
         if mesh is not None:
             fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=whole)
             fully_shard(block, mesh=mesh, mp_policy=half)
@@ -422,6 +432,7 @@ def resume(run: Path, model, ema, optimizer, record: dict) -> int:
     if not found:
         return 0
     old = json.loads((found[-1] / "config.json").read_text())
+    old["train"] = asdict(Config()) | old["train"]                              # fields that came since then
     for part, free in (("train", FREE), ("model", set()), ("data", {"mean", "std"})):
         for name in sorted(old[part].keys() | record[part].keys()):
             was, now = old[part].get(name), record[part].get(name)
@@ -541,10 +552,12 @@ def sample_grid(model, row, spec, cfg, path: Path, columns: int = 10) -> None:
 # The run
 
 
-def network_of(cfg: Config, shape, classes: int, features=(0, 0)) -> dict:
-    """Arguments of TiM for pictures of `shape` (C, H, W); features (N, F) are aligned with if cfg.align."""
-    if shape[1] % cfg.patch or shape[2] % cfg.patch:
-        raise UserError(f"--patch {cfg.patch}: {shape[1]}x{shape[2]} must be a multiple of it; choose another patch")
+def network_of(cfg: Config, shape, classes: int, features=(0, 0), buckets=()) -> dict:
+    """Arguments of TiM for pictures of `shape` (C, H, W) or `buckets` (H, W); features (N, F) are for cfg.align."""
+    for h, w in (shape[1:], *buckets):
+        if h % cfg.patch or w % cfg.patch:
+            way = f"choose another, or encode --native with --patch {cfg.patch}"
+            raise UserError(f"--patch {cfg.patch}: {h}x{w} must be a multiple of it; {way}")
     if not classes:
         raise UserError(f"--data {cfg.data} has no classes to learn; give a set with one folder per class")
     switches = dict(shared_time=cfg.shared_time, interval_attention=cfg.interval_attention)
@@ -638,16 +651,20 @@ def train(cfg: Config) -> None:
 def run_training(cfg: Config, device) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     run, row = Path(cfg.runs) / cfg.name, TRANSPORTS[cfg.transport]
-    if cfg.batch % (world * cfg.accumulate) or world % cfg.replicate:
-        rule = f"--batch {cfg.batch} must divide over {world} ranks x {cfg.accumulate} micro-batches"
-        raise UserError(f"{rule}, and {world} ranks over --replicate {cfg.replicate}")
+    if cfg.batch % (world * cfg.accumulate) or world % cfg.replicate or world * cfg.accumulate % cfg.mix:
+        rule = f"--batch {cfg.batch} must divide over {world} ranks x {cfg.accumulate} micro-batches, those over"
+        raise UserError(f"{rule} --mix {cfg.mix}, and {world} ranks over --replicate {cfg.replicate}")
     first_rank(lambda: (run / "checkpoints").mkdir(parents=True, exist_ok=True))
     shape = (cfg.channels, cfg.side, cfg.side)
     source = data.open_data(cfg.data, shape, cfg.classes, cfg.autoencoder, features=cfg.align > 0)
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     h = difference_width(cfg, bf16)
     features = source.features.shape[1:] if cfg.align else (0, 0)
-    network = network_of(cfg, source.spec["shape"], len(source.spec["classes"]), features)
+    buckets = source.spec.get("buckets", ())
+    network = network_of(cfg, source.spec["shape"], len(source.spec["classes"]), features, buckets)
+    room = max(8, 4 * len(buckets))                     # with gradients and without, in two types: four times a shape
+    torch._dynamo.config.recompile_limit = room
+    torch._dynamo.config.accumulated_recompile_limit = max(256, room)
     record = dict(model=network, data=source.spec, train=asdict(cfg))
     model, ema, optimizer = build(cfg, network, device, bf16)
     begin = resume(run, model, ema, optimizer, record)
@@ -659,11 +676,13 @@ def run_training(cfg: Config, device) -> None:
     weights = sum(p.numel() for p in model.parameters())
     first = dict(config=asdict(cfg), begin=begin, parameters=weights, torch=torch.__version__, device=name, world=world)
     if rank == 0:
-        what = f"{weights:,} parameters, {len(source.labels):,} pictures {source.spec['shape']}, {world} x {name}"
+        what = f"{len(buckets)} buckets about " if buckets else ""
+        what = f"{weights:,} parameters, {len(source.labels):,} pictures {what}{source.spec['shape']}, {world} x {name}"
         print(f"{run}: {what}, {'bf16' if bf16 else 'fp32'}, h = {h:g}, from update {begin}", flush=True)
     log = Log(run, cfg, row, device, begin, first)
     slots = [rank * cfg.accumulate + k for k in range(cfg.accumulate)]
-    stream = data.batches(source, cfg.batch // (world * cfg.accumulate), cfg.seed, slots, world * cfg.accumulate, begin)
+    of = world * cfg.accumulate
+    stream = data.batches(source, cfg.batch // of, cfg.seed, slots, of, begin, mix=cfg.mix)
     unread, stopping = None, False
     for step in range(begin, cfg.steps):
         began = time.perf_counter()
