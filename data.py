@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
@@ -46,6 +46,9 @@ AUTOENCODERS = {  # name: place on the model hub, latent channels, scale of netw
 }
 FACTORS = {"sd-vae": 8, "dc-ae": 32}  # pixels per latent place and side
 SLACK = 0.045  # areas of buckets lie this near to the base area, so tokens of two batches differ by less than 10%
+GEMMA = "google/gemma-3-1b-it"  # the text encoder of the released weights
+BYTES = dict(encoder="bytes", length=64, width=128)  # the one that needs no download, see `hash_words`
+TABLE = 4096  # captions up to here are encoded once and kept on the device, more of them batch by batch
 
 
 class UserError(Exception):
@@ -194,6 +197,150 @@ def crop_bound(buckets) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def read_captions(source: Path) -> dict[str, dict]:
+    """captions.jsonl as {image_file: its line}, with "captions" a list. Broken lines are listed and skipped."""
+    found, faults = {}, []
+    if not source.is_file():
+        raise UserError(f"{source} is missing: a line {{image_file, captions}} per picture; put it back")
+    with source.open("rb") as lines:                    # not splitlines(): it also cuts at U+2028, which JSON may hold
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                name, texts = record["image_file"], record["captions"]
+                texts = [texts] if isinstance(texts, str) else texts
+                if not texts or not isinstance(texts, list) or not all(isinstance(t, str) for t in (*texts, name)):
+                    raise ValueError("image_file must be a string, captions a list of some")
+                "".join(texts).encode()                                         # half a surrogate pair is no text
+                found[name] = record | dict(captions=texts)
+            except (ValueError, KeyError, TypeError) as error:
+                if line.strip():
+                    faults.append(f"  line {number}: {type(error).__name__}: {error}")
+    if faults and os.environ.get("RANK", "0") == "0":
+        print("\n".join([f"{source}: {len(faults)} broken lines are skipped", *faults[:20]]), file=sys.stderr)
+    if not found:
+        raise UserError(f'{source}: no line as it should be, {{"image_file": "a.png", "captions": ["..."]}}')
+    return found
+
+
+def captioned(images: Path, files: list) -> tuple[list, list | None]:
+    """The pictures that captions.jsonl names and its lines in their order; all and None where there is no such file."""
+    source = images / "captions.jsonl"
+    if not source.is_file():
+        return files, None
+    records = read_captions(source)
+    files = [f for f in files if f[0] in records]
+    if not files:
+        raise UserError(f"{source} names none of the pictures under {images}; image_file is relative to that folder")
+    return files, [records[f[0]] for f in files]
+
+
+class Captions:
+    """The captions of a set by number, one or several a picture; the number after the last, `null`, is no caption."""
+
+    def __init__(self, lists):
+        self.ends = np.cumsum([len(texts) for texts in lists])
+        flat = [text.encode() for texts in lists for text in texts]
+        self.bytes, self.cuts, self.null = b"".join(flat), np.cumsum([0, *map(len, flat)]), len(flat)
+
+    def __getitem__(self, number: int) -> str:
+        return "" if number == self.null else self.bytes[self.cuts[number] : self.cuts[number + 1]].decode()
+
+    def draw(self, picture: np.ndarray, chance) -> np.ndarray:
+        """The number of one of each picture's captions."""
+        first = np.where(picture > 0, self.ends[picture - 1], 0)
+        return first + chance.integers(self.ends[picture] - first)
+
+
+class Texts:
+    """Caption numbers to what the network sees of them: (B,) int64 -> features (B, L, F), mask (B, L) bool.
+
+    Of up to TABLE captions the features are worked out once, here; of more, `fetch` does so for each coming batch.
+    """
+
+    def __init__(self, captions: Captions, encode, device):
+        self.captions, self.encode, self.device, self.null = captions, encode, device, captions.null
+        self.whole = captions.null <= TABLE
+        if self.whole:
+            self.gather(range(captions.null + 1))
+            self.encode = None                                                  # lets go of the encoder
+
+    def fetch(self, y) -> None:
+        if not self.whole:
+            self.gather(sorted({*y.tolist(), self.null}))
+
+    def gather(self, numbers) -> None:
+        slot, texts = {}, [self.captions[i] for i in numbers]
+        rows = [slot.setdefault(text, len(slot)) for text in texts]             # equal captions share a row
+        self.numbers, self.rows = (torch.tensor(list(v), device=self.device) for v in (numbers, rows))
+        self.features, self.mask = (v.to(self.device) for v in self.encode(list(slot)))
+
+    def __call__(self, y):
+        row = self.rows[torch.searchsorted(self.numbers, y)]
+        return self.features[row], self.mask[row]
+
+
+@lru_cache(maxsize=2**16)
+def hash_word(word: str) -> np.ndarray:
+    """A fixed vector (BYTES width,) for a word: half its own, half of its runs of 3 bytes, so that like look alike."""
+    raw = f"<{word}>".encode()
+    pieces = [raw] + [raw[i : i + 3] for i in range(min(max(1, len(raw) - 2), 64))]
+    bits = [np.frombuffer(hashlib.shake_256(piece).digest(2 * BYTES["width"]), "<u2") for piece in pieces]
+    v = NORMAL[np.stack(bits)]
+    return v[0] + v[1:].sum(0) / len(v[1:]) ** 0.5
+
+
+def hash_words(captions: list[str]) -> tuple[Tensor, Tensor]:
+    """The encoder without weights: a caption is a mark and its words, each a hash of its letters, whatever its case."""
+    lists = [["", *re.findall(r"\w+|[^\w\s]", text.casefold())[: BYTES["length"] - 1]] for text in captions]
+    length = np.array([len(words) for words in lists])
+    features = np.zeros((len(lists), length.max(), BYTES["width"]), np.float32)
+    for row, words in zip(features, lists):
+        row[: len(words)] = [hash_word(word) for word in words]
+    return torch.from_numpy(features), torch.from_numpy(np.arange(length.max()) < length[:, None])
+
+
+def load_text_encoder(name: str, device="cpu", length: int = 256):
+    """A frozen text encoder: list of str -> features (n, L, F), mask (n, L) bool; and its part of a spec.
+
+    name    "bytes", or a folder or hub name of transformers (an encoder-decoder gives its encoder). The last hidden
+            state, in bf16 on GPUs that have it; padded on the right and cut to the longest caption at hand, at most
+            `length` tokens; no chat template.
+    raises  UserError that says what to install or to download.
+    """
+    if name == "bytes":
+        return hash_words, dict(BYTES)
+    flag, place = f"--text_encoder {name}", os.path.abspath(name) if os.path.isdir(name) else name
+    try:
+        if place.startswith((".", "/", "~")) and not os.path.isdir(place):
+            raise UserError(f"{flag}: there is no such folder")
+        fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        net = load_network("transformers", flag, place, device, torch.bfloat16 if fast else torch.float32)
+        tokenizer = load_network("transformers", flag, place, tokenizer=True)
+    except UserError as error:
+        hub = name if "/" in name.strip("/.") and not os.path.isabs(name) else GEMMA
+        way = f"pip install transformers, `hf download {hub} --local-dir FOLDER`, then --text_encoder FOLDER"
+        raise UserError(f"{error}. {way}; 'bytes' needs nothing, for a network trained with it") from error
+    net = net.get_encoder() if net.config.is_encoder_decoder else net
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
+    length = min(length, tokenizer.model_max_length, getattr(net.config, "max_position_embeddings", length))
+
+    none = "" if tokenizer("")["input_ids"] else tokenizer.pad_token            # some have no mark of the beginning
+
+    @torch.no_grad()
+    def encode(captions):
+        captions = [text or none for text in captions]
+        tokens = tokenizer(captions, padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
+        parts = [{k: v[i : i + 64] for k, v in tokens.items()} for i in range(0, len(captions), 64)]
+        return torch.cat([net(**part).last_hidden_state for part in parts]), tokens["attention_mask"].bool()
+
+    return encode, dict(encoder=place, length=length, width=encode([""])[0].shape[2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Shards on disk
 
 NORMAL = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().numpy()  # its quantiles
@@ -259,10 +406,10 @@ class Pixels:
     def __init__(self, name, pixels, labels, classes, mirror):
         if len(pixels) != len(labels) or not len(pixels):
             raise UserError(f"{name}: {len(pixels)} pictures and {len(labels)} labels; expected as many, and some")
-        if labels.max() >= len(classes):
+        if classes and labels.max() >= len(classes):
             raise UserError(f"{name}: label {labels.max()} beyond the {len(classes)} classes")
         self.pixels, self.labels, self.mirror = pixels, labels.astype(np.int64), mirror
-        self.spec = pixel_spec(pixels[:: max(1, len(pixels) // 10000)], classes)
+        self.spec = pixel_spec(pixels[:: max(1, len(pixels) // 10000)], classes or [])
 
     def read(self, index, rng):
         x = normalise(self.spec, self.pixels[index])
@@ -270,11 +417,15 @@ class Pixels:
 
 
 class PictureFolder:
-    """One folder or tar per class, pictures of any format and size in it (ImageNet's layout), read when asked for."""
+    """Pictures of any format and size, read when asked for: a folder or tar per class, or with captions.jsonl."""
 
     def __init__(self, path, side):
-        self.files = list_pictures(path)
-        classes, self.labels = label_pictures(path, [f[0] for f in self.files])
+        self.files, records = captioned(Path(path), list_pictures(path))
+        if records:                                     # and no mirror images: a caption may tell left from right
+            self.captions = Captions([record["captions"] for record in records])
+            classes, self.labels = [], np.arange(len(records))
+        else:
+            classes, self.labels = label_pictures(path, [f[0] for f in self.files])
         self.side = side or 64
         some = self.files[:: max(1, len(self.files) // 256)][:256]
         self.spec = pixel_spec(np.stack([self.picture(f) for f in some]), classes)
@@ -286,7 +437,8 @@ class PictureFolder:
             raise UserError(f"{file[1]}: {file[0]} is no picture that opens ({error}); remove it or mend it") from error
 
     def read(self, index, rng):
-        return flip(normalise(self.spec, np.stack([self.picture(self.files[i]) for i in index])), rng)
+        x = normalise(self.spec, np.stack([self.picture(self.files[i]) for i in index]))
+        return x if hasattr(self, "captions") else flip(x, rng)
 
 
 class Latents:
@@ -309,6 +461,12 @@ class Latents:
             raise UserError(f"{folder}: {len(self.labels)} labels, meta.json counts {meta['count']}; encode it again")
         if self.spec["classes"] and self.labels.max() >= len(self.spec["classes"]):
             raise UserError(f"{folder}: label {self.labels.max()} beyond the {len(self.spec['classes'])} classes")
+        if not self.spec["classes"]:
+            records = read_captions(folder / "captions.jsonl")
+            if len(records) != meta["pictures"]:
+                rule = f"{len(records)} captions for {meta['pictures']} pictures"
+                raise UserError(f"{folder / 'captions.jsonl'}: {rule}; put back the one that encode wrote")
+            self.captions = Captions([record["captions"] for record in records.values()])
         if features and "features" in meta:
             self.features = Rows([folder / shard["file"] for shard in meta["features"]["shards"]], "features")
             if (self.features.ends != self.buckets[0].ends).any():
@@ -409,12 +567,29 @@ def demo() -> Pixels:
     return Pixels("demo", pixels, np.array(list(map(int, info["labels"]))), info["classes"], mirror=False)
 
 
+def emoji(held_out: bool = False) -> Pixels:
+    """1,600 Noto emoji of 32 x 32 with their names, less the few whose names are held out of training; or only those.
+
+    `records` keeps (name, emoji, group) of each picture.
+    """
+    info = json.loads((DEMO / "emoji.json").read_text("utf-8"))
+    sprite = np.asarray(Image.open(DEMO / "emoji.png"))
+    pixels = sprite.reshape(25, 32, 64, 32, 3).transpose(0, 2, 4, 1, 3).reshape(1600, 3, 32, 32)
+    records = list(info["name, emoji, group"])
+    kept = [i for i, (name, *_) in enumerate(records) if (name in info["held_out"]) == held_out]
+    data = Pixels("emoji", pixels[kept], np.arange(len(kept)), None, mirror=False)
+    data.records = [records[i] for i in kept]
+    data.captions = Captions([[name] for name, *_ in data.records])
+    data.spec["prompts"] = "red apple|blue heart|sun|cat face|panda|orange heart|purple circle|green square".split("|")
+    return data
+
+
 def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", features: bool = False):
     """A data set by its place.
 
-    path      "demo"; "random" (noise of `shape`, for speed); or a folder: latents that `encode` wrote, a safetensors
-              file per picture, idx files (train-images-idx3-ubyte[.gz]), CIFAR-10's binary files (data_batch_1.bin
-              ...), or one folder (or tar) of pictures per class.
+    path      "demo"; "emoji"; "random" (noise of `shape`, for speed); or a folder: latents that `encode` wrote, a
+              safetensors file per picture, idx files (train-images-idx3-ubyte[.gz]), CIFAR-10's binary files
+              (data_batch_1.bin ...), one folder (or tar) of pictures per class, or pictures with captions.jsonl.
     shape     (C, H, W) of the network, 0 or None where the data decide; classes and autoencoder likewise.
     features  read() then gives (x, features (B, T, F) float32), and `batches` (x, y, features).
     raises    UserError if there is no such folder, nothing readable in it, or it does not fit what is asked for.
@@ -423,12 +598,14 @@ def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", fe
     kinds = (os.path.splitext(name)[1].lower() for _, _, names in os.walk(folder) for name in names)
     if path == "demo":
         data = demo()
+    elif path == "emoji":
+        data = emoji()
     elif path == "random":
         if not (shape and all(shape) and classes):
             raise UserError(f"--data random with shape {shape}, {classes} classes: give --channels, --side, --classes")
         data = RandomLatents(shape, classes)
     elif not folder.is_dir():
-        raise UserError(f"--data {path}: no such folder; give a folder, 'demo' or 'random'")
+        raise UserError(f"--data {path}: no such folder; give a folder, 'demo', 'emoji' or 'random'")
     elif (folder / "meta.json").is_file():
         data = Latents(folder, features)
     elif (folder / "plan.json").is_file():
@@ -517,6 +694,8 @@ def bucket_positions(
 def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 0, ahead: int = 4, mix: int = 1):
     """Endless (x (batch, C, H, W) float32, y (batch,) int64[, features]), one per slot and step, from `step` on.
 
+    y is the class, or the number of one of the picture's captions.
+
     A slot is one process's micro-batch in one step; `of` is how many there are over all processes, `mix` how many
     buckets a step has where the set has buckets. Reads ahead in threads; the stream is the same for any number of
     them, and any step can be gone to at no cost.
@@ -527,8 +706,10 @@ def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 
         s, slot = step + k // len(slots), slots[k % len(slots)]
         place = batch, seed, s, slot, of
         index = bucket_positions(counts, *place, mix) if counts else positions(len(data.labels), *place)
-        x = data.read(index, np.random.default_rng((seed, s, slot)))
-        return (x[0], data.labels[index], *x[1:]) if isinstance(x, tuple) else (x, data.labels[index])
+        chance = np.random.default_rng((seed, s, slot))
+        x, y = data.read(index, chance), data.labels[index]
+        y = data.captions.draw(y, chance) if hasattr(data, "captions") else y
+        return (x[0], y, *x[1:]) if isinstance(x, tuple) else (x, y)
 
     with ThreadPoolExecutor(ahead) as pool:
         queue = deque(pool.submit(make, k) for k in range(ahead))
@@ -554,17 +735,30 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def grid(rows: np.ndarray, gap: int = 2, scale: int = 1) -> Image.Image:
-    """uint8 (rows, columns, H, W, C) to one picture, white gaps between, each pixel `scale` wide."""
+def grid(rows: np.ndarray, gap: int = 2, scale: int = 1, names: list[str] = ()) -> Image.Image:
+    """uint8 (rows, columns, H, W, C) to one picture, white gaps between, each pixel `scale` wide, names below."""
     r, c, h, w, k = rows.shape
     sheet = np.full((r, h + gap, c, w + gap, k), 255, np.uint8)
     sheet[:, :h, :, :w] = rows.transpose(0, 2, 1, 3, 4)
     sheet = sheet.reshape(r * (h + gap), c * (w + gap), k)[:-gap, :-gap]
-    return to_image(sheet.repeat(scale, 0).repeat(scale, 1))
+    sheet = to_image(sheet.repeat(scale, 0).repeat(scale, 1))
+    if not names:
+        return sheet
+    below, font, line = Image.new(sheet.mode, (sheet.width, sheet.height + 54), "white"), ImageFont.load_default(11), 13
+    below.paste(sheet)
+    for k, name in enumerate(names):
+        name = " ".join(name[:200].split())                                     # on one line; ImageFont draws no others
+        for row in range(4):                                                    # letters, as some scripts have no words
+            fits = next((i for i in range(1, len(name) + 1) if font.getlength(name[:i]) > w * scale), len(name) + 1) - 1
+            cut = name.rfind(" ", 1, fits + 1) if fits < len(name) and " " in name[1 : fits + 1] else max(1, fits)
+            place = k * (w + gap) * scale, sheet.height + 1 + row * line
+            ImageDraw.Draw(below).text(place, name[:cut], 0, font)
+            name = name[cut:].lstrip()
+    return below
 
 
-def load_network(library: str, flag: str, place: str, device, dtype):
-    """A pretrained network of diffusers or transformers, frozen."""
+def load_network(library: str, flag: str, place: str, device="cpu", dtype=torch.float32, tokenizer=False):
+    """A pretrained network of diffusers or transformers, frozen; or the tokenizer that belongs to it."""
     try:
         library = importlib.import_module(library)
     except ImportError as error:
@@ -572,11 +766,11 @@ def load_network(library: str, flag: str, place: str, device, dtype):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
     try:
-        network = library.AutoModel.from_pretrained(place)
+        network = (library.AutoTokenizer if tokenizer else library.AutoModel).from_pretrained(place)
     except Exception as error:                          # the hub's and the file's errors share no type
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{flag}: {place} does not load ({reason}); give a folder or hub name") from error
-    return network.to(device, dtype).eval().requires_grad_(False)
+    return network if tokenizer else network.to(device, dtype).eval().requires_grad_(False)
 
 
 def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
@@ -697,22 +891,6 @@ def finish(out: Path) -> dict | None:
     return meta
 
 
-def captioned(images: Path, files: list) -> tuple[list, list | None]:
-    """The pictures that captions.jsonl names and its lines in their order; all and None where there is no such file."""
-    source, records = images / "captions.jsonl", {}
-    if not source.is_file():
-        return files, None
-    for number, line in enumerate(source.read_text().splitlines(), 1):
-        try:
-            records[json.loads(line)["image_file"]] = line
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{source}, line {number}: expected {{image_file, captions}} ({error!r})") from error
-    files = [f for f in files if f[0] in records]
-    if not files:
-        raise UserError(f"{source} names none of the pictures under {images}; image_file is relative to that folder")
-    return files, [records[f[0]] for f in files]
-
-
 def read_ahead(wanted, upright: bool, workers: int, ahead: int):
     """For each (file, size) the picture, or why there is none, and the CPU seconds of decoding and of resizing."""
 
@@ -752,7 +930,7 @@ def plan_buckets(a, out, files, captions, step: int, listing: str) -> tuple[dict
         if not reason:
             off = np.abs(ratios - math.log(size[0] / size[1]))
             bucket, cut = table[off.argmin()], 1 - math.exp(-off.min())
-            named = re.search(r"(\d+)x(\d+)$", str(json.loads(captions[i]).get("bucket", ""))) if captions else None
+            named = re.search(r"(\d+)x(\d+)$", str(captions[i].get("bucket", ""))) if captions else None
         if named:
             bucket = int(named[1]), int(named[2])
             if bucket[0] % step or bucket[1] % step or not abs(bucket[0] * bucket[1] / a.size**2 - 1) <= SLACK:
@@ -817,7 +995,7 @@ def encode(a) -> None:
         out.mkdir(parents=True, exist_ok=True)
         makers, spans = plan_set(a, out, files, labels, captions, classes, device, dtype)
         if captions:
-            write_text(out / "captions.jsonl", "\n".join(captions) + "\n")
+            write_text(out / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in captions))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error})") from error
 

@@ -2,6 +2,7 @@
 
     python train.py                                                   # demo on the embedded pictures, on what is there
     torchrun --nproc_per_node=16 train.py --config imagenet_xl        # again = resume
+    python train.py --config emoji                                    # text to image
 """
 
 import argparse
@@ -72,11 +73,14 @@ class Config:
     """One run. Every field is a flag; the record travels in the checkpoint."""
 
     # data
-    data: str = opt("demo", "demo, random, or a folder: latents of data.py encode, idx, CIFAR-10, a folder per class")
+    data: str = opt("demo", "demo, emoji, random, or a folder: latents of data.py encode, idx, CIFAR-10, a folder per\n"
+        "class, pictures with captions.jsonl")  # fmt: skip
+    text_encoder: str = opt("bytes", "of captions: bytes, or a folder or hub name of transformers")
     autoencoder: str = opt("", "the latents must be of this autoencoder: sd-vae, dc-ae or a place; default any")
     channels: int = opt(0, "channels of the data, 0 = take it from them")
     side: int = opt(0, "height and width of the data, 0 = take it from them")
     classes: int = opt(0, "number of classes, 0 = take it from the data")
+    caption: int = opt(0, "width of the features of captions, 0 = take it from the encoder")
     # network
     size: str = opt("demo", "row of model.SIZES", tuple(SIZES))
     patch: int = opt(2, "pixels or latent places per token side")
@@ -150,12 +154,21 @@ PRESETS = {
         log_every=20,
     ),
     # images = steps x batch, epochs = images / 1,281,167; for bytes per rank see --dry_run
+    # 1,561 pictures with names
+    "emoji": Config(
+        data="emoji", patch=4, steps=3000, batch=64, time_mean=0.0, time_std=1.6, cosine=False, guide_gt=2.0, ema=0.998,
+        decay=0.2, log_every=20,
+    ),
     "imagenet_b": replace(IMAGENET, size="B", patch=4, steps=100_000, batch=1024, lr=4e-4),
     "imagenet_xl": IMAGENET,
     "imagenet_xl_512": replace(IMAGENET, **LATENT_512),
     "imagenet_xl_guided": replace(IMAGENET, **GUIDED),
     "imagenet_xl_512_guided": replace(IMAGENET, **(LATENT_512 | GUIDED)),
-}
+    "t2i_xl": replace(
+        IMAGENET, **LATENT_512 | dict(data="latents/t2i", classes=0, guidance=2.5), text_encoder=data.GEMMA,
+        caption=1152, time_mean=0.0, time_std=1.6, steps=500_000, batch=2048, lr=4e-4,
+    ),
+}  # fmt: skip
 FREE = set(  # what a resumed run may change
     "steps log_every save_every sample_every keep keep_every guidance device compile runs name tensorboard init "
     "checkpointing reduce replicate accumulate".split()
@@ -226,48 +239,50 @@ def difference_width(cfg: Config, bf16: bool) -> float:
 # The step
 
 
-def see(model, row):
-    """The network as the paper writes it, f(x_t, t, r, y): it is shown c_noise(t) and c_noise(r)."""
-    return lambda x_t, t, r, y: model(x_t, row.c_noise(t), row.c_noise(r), y)
+def see(model, row, texts=None):
+    """The network as the paper writes it, f(x_t, t, r, y): it is shown c_noise(t), c_noise(r), and captions' features
+    for their numbers."""
+    look = texts or (lambda y: y)
+    return lambda x_t, t, r, y, **more: model(x_t, row.c_noise(t), row.c_noise(r), look(y), **more)
 
 
-def guide(ema, row, cfg, x, eps, t, y, null):
+def guide(ema, row, cfg, x, eps, t, y, null, texts=None):
     """(x, eps) with a residual guided by the averaged network, where t is in range and the condition not dropped."""
     with torch.no_grad():
         x_t, f_cond = interpolate(row, x, eps, t), None
         if cfg.guide_cond:
             s = twice(t)
-            f_cond, f_null = see(ema, row)(twice(x_t), s, s, torch.cat([y, null])).chunk(2)
+            f_cond, f_null = see(ema, row, texts)(twice(x_t), s, s, torch.cat([y, null])).chunk(2)
         else:
-            f_null = see(ema, row)(x_t, t, t, null)
+            f_null = see(ema, row, texts)(x_t, t, t, null)
         pair = guided_pair(row, x, eps, t, f_cond, f_null, cfg.guide_gt, cfg.guide_cond)
         place = (t - row.t_min) / (row.t_max - row.t_min)
         use = expand((y != null) & (cfg.guide_low <= place) & (place <= cfg.guide_high), x)
         return torch.where(use, pair[0], x), torch.where(use, pair[1], eps)
 
 
-def objective(model, ema, row, cfg, h, x, y, rng, features=None):
+def objective(model, ema, row, cfg, h, x, y, rng, features=None, texts=None):
     """The paper's algorithm on one micro-batch.
 
-    x (B, C, H, W) of unit variance, y (B,), features (B, N, F) if cfg.align, rng owns all chance.
-    Returns the loss to descend (0-d), the raw loss l (B,), t and r (B,).
+    x (B, C, H, W) of unit variance, y (B,) classes or numbers of captions in `texts` (data.Texts), features (B, N, F)
+    if cfg.align, rng owns all chance. Returns the loss to descend (0-d), the raw loss l (B,), t and r (B,).
     """
-    null = torch.full_like(y, model.classes)
+    null = torch.full_like(y, texts.null if texts else model.classes)
     y = torch.where(torch.rand(len(y), generator=rng, device=x.device) < cfg.drop, null, y)
     shares = cfg.share_diffusion, cfg.share_consistency
     shift = resolution_shift(x[0, 0].numel() // cfg.patch**2, cfg.shift)
     t, r = sample_times(row, len(x), *shares, rng, cfg.time_mean, cfg.time_std, shift)
     eps = torch.randn(x.shape, generator=rng, device=x.device)
     if (cfg.guide_gt, cfg.guide_cond) != (1, 0):
-        x, eps = guide(ema, row, cfg, x, eps, t, y, null)
+        x, eps = guide(ema, row, cfg, x, eps, t, y, null, texts)
 
     df_dt = torch.zeros_like(x)                                                 # not needed where r = t
     free = slice(diffusion_count(len(x), cfg.share_diffusion), None)
     if len(x[free]):
-        args = see(model, row), row, x[free], eps[free], t[free], r[free], y[free]
+        args = see(model, row, texts), row, x[free], eps[free], t[free], r[free], y[free]
         df_dt[free] = exact_derivative(*args) if cfg.derivative == "jvp" else finite_difference(*args, h)
 
-    f = model(interpolate(row, x, eps, t), row.c_noise(t), row.c_noise(r), y, aligned=cfg.align > 0)
+    f = see(model, row, texts)(interpolate(row, x, eps, t), t, r, y, aligned=cfg.align > 0)
     alignment = 0.0
     if cfg.align:
         f, tokens = f                                                           # tokens (B, N, F)
@@ -277,7 +292,7 @@ def objective(model, ema, row, cfg, h, x, y, rng, features=None):
     return (weight * (adaptive(loss) if cfg.adaptive else loss)).mean() + alignment, loss.detach(), t, r
 
 
-def train_step(model, ema, optimizer, row, cfg, h, step, batch, slots):
+def train_step(model, ema, optimizer, row, cfg, h, step, batch, slots, texts=None):
     """One update, without a host sync. batch: an (x, y[, features]) per slot of this rank; slots: their numbers.
 
     Chance is a function of (seed, step, slot): two ranks of one slot and one rank of two draw the same.
@@ -288,7 +303,7 @@ def train_step(model, ema, optimizer, row, cfg, h, step, batch, slots):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(k + 1 == len(slots))
         rng = data.rng(cfg.seed, step, slot, 1, device=x.device)
-        loss, *seen = objective(model, ema, row, cfg, h, x, y, rng, *features)
+        loss, *seen = objective(model, ema, row, cfg, h, x, y, rng, *features or (None,), texts)
         (loss / len(slots)).backward()
         losses.append(seen)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
@@ -530,11 +545,19 @@ def fail_nonfinite(step: int, seen) -> None:
     )
 
 
-def sample_grid(model, row, spec, cfg, path: Path, columns: int = 10) -> None:
-    """One row per number of steps, each column one noise and one class. Every rank joins in, rank 0 writes."""
-    device = next(model.parameters()).device
+def sample_grid(model, row, spec, cfg, path: Path, texts=None, columns: int = 10) -> None:
+    """One row per number of steps, each column one noise and one class or one of spec["prompts"], which `texts` has.
+
+    Every rank joins in, rank 0 writes.
+    """
+    device, names = next(model.parameters()).device, spec["prompts"] if texts else []
+    columns = len(names) or columns
     z = initial_noise(spec["shape"], cfg.seed, range(columns), device)
-    y = torch.arange(columns, device=device) % len(spec["classes"])
+    y, null = torch.arange(columns, device=device), None
+    if texts:
+        y, null = texts(y), texts(torch.full_like(y, texts.null))
+    else:
+        y = y % len(spec["classes"])
     try:
         decode = data.decoder(spec, device)
     except UserError as error:                                                  # a run does not end for a picture
@@ -542,24 +565,29 @@ def sample_grid(model, row, spec, cfg, path: Path, columns: int = 10) -> None:
         if dist.get_rank() == 0:
             print(f"{path} shows latent channels: {error}", flush=True)
     with torch.compiler.set_stance("force_eager"):                              # no compiling for a picture's batch
-        options = dict(guidance=cfg.guidance, local=cfg.share_diffusion == 1)
+        options = dict(guidance=cfg.guidance, local=cfg.share_diffusion == 1, null=null)
         rows = [decode(generate(model, row, z, y, n, **options)) for n in GRID_STEPS]
     path.parent.mkdir(exist_ok=True)
-    first_rank(lambda: data.grid(np.stack(rows), scale=max(1, 64 // rows[0].shape[1])).save(path))
+    first_rank(lambda: data.grid(np.stack(rows), scale=max(1, 64 // rows[0].shape[1]), names=names).save(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def network_of(cfg: Config, shape, classes: int, features=(0, 0), buckets=()) -> dict:
-    """Arguments of TiM for pictures of `shape` (C, H, W) or `buckets` (H, W); features (N, F) are for cfg.align."""
+def network_of(cfg: Config, shape, classes: int, features=(0, 0), caption: int = 0, buckets=()) -> dict:
+    """Arguments of TiM for pictures of `shape` (C, H, W) or `buckets` (H, W), with classes, or with captions whose
+    features have width `caption`; features (N, F) are aligned with if cfg.align."""
     for h, w in (shape[1:], *buckets):
         if h % cfg.patch or w % cfg.patch:
             way = f"choose another, or encode --native with --patch {cfg.patch}"
             raise UserError(f"--patch {cfg.patch}: {h}x{w} must be a multiple of it; {way}")
-    if not classes:
-        raise UserError(f"--data {cfg.data} has no classes to learn; give a set with one folder per class")
+    if not (classes or caption):
+        rule = "give a set with one folder per class, or captions.jsonl"
+        raise UserError(f"--data {cfg.data} has neither classes nor captions to learn; {rule}")
+    if caption and cfg.caption not in (0, caption):
+        rule = f"--text_encoder {cfg.text_encoder} gives {caption}"
+        raise UserError(f"--caption {cfg.caption}: {rule}; change either")
     switches = dict(shared_time=cfg.shared_time, interval_attention=cfg.interval_attention)
     if cfg.align:
         tokens, depth = (shape[1] // cfg.patch) * (shape[2] // cfg.patch), SIZES[cfg.size]["depth"]
@@ -567,7 +595,8 @@ def network_of(cfg: Config, shape, classes: int, features=(0, 0), buckets=()) ->
             rule = f"{features[0]} features per picture for {tokens} tokens, after block {cfg.align_depth} of {depth}"
             raise UserError(f"--align: {rule}; encode them with another --grid, or choose another --align_depth")
         switches["projector"] = [cfg.align_depth, 2048, features[1]]
-    return dict(channels=shape[0], patch=cfg.patch, **SIZES[cfg.size], classes=classes, **switches)
+    switches |= dict(caption=caption) if caption else dict(classes=classes)
+    return dict(channels=shape[0], patch=cfg.patch, **SIZES[cfg.size], **switches)
 
 
 def build(cfg: Config, network: dict, device, bf16: bool):
@@ -604,13 +633,15 @@ def start_from(model, path: str) -> None:
 
 def dry_run(cfg: Config, world: int) -> None:
     """Print what a run on `world` ranks would be and take, from the network's shapes alone: no data, no device."""
-    if not (cfg.channels and cfg.side and cfg.classes):
-        raise UserError(f"--dry_run does not open --data {cfg.data}: give --channels, --side and --classes")
-    network = network_of(cfg, (cfg.channels, cfg.side, cfg.side), cfg.classes)
+    if not (cfg.channels and cfg.side and (cfg.classes or cfg.caption)):
+        rule = "give --channels, --side, and --classes or --caption"
+        raise UserError(f"--dry_run does not open --data {cfg.data}: {rule}")
+    network = network_of(cfg, (cfg.channels, cfg.side, cfg.side), cfg.classes, caption=cfg.caption)
     share = cfg.batch // (world * cfg.accumulate)
     with torch.device("meta"):
         model = TiM(**network)
         x, t, y = torch.empty(share, cfg.channels, cfg.side, cfg.side), torch.empty(share), torch.empty(share).long()
+        y = torch.empty(share, 256, cfg.caption) if cfg.caption else y          # captions of the full length
     saved, own = {}, {p.untyped_storage()._cdata for p in model.parameters()}
     tokens = (cfg.side // cfg.patch) ** 2
 
@@ -648,6 +679,15 @@ def train(cfg: Config) -> None:
         dist.destroy_process_group()
 
 
+def read_texts(cfg: Config, source, device):
+    """The captions of a set and the prompts of its sample grids, as data.Texts; puts both into the set's spec."""
+    encode, source.spec["text"] = data.load_text_encoder(cfg.text_encoder, device)
+    texts = data.Texts(source.captions, encode, device)
+    some = np.linspace(0, texts.null - 1, min(10, texts.null)).astype(int)
+    prompts = source.spec.setdefault("prompts", [source.captions[i][:1000] for i in some])
+    return texts, data.Texts(data.Captions([[text] for text in prompts]), encode, device)
+
+
 def run_training(cfg: Config, device) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     run, row = Path(cfg.runs) / cfg.name, TRANSPORTS[cfg.transport]
@@ -660,8 +700,12 @@ def run_training(cfg: Config, device) -> None:
     bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
     h = difference_width(cfg, bf16)
     features = source.features.shape[1:] if cfg.align else (0, 0)
+    texts = shown = None
+    if hasattr(source, "captions"):
+        texts, shown = read_texts(cfg, source, device)
+    caption = source.spec["text"]["width"] if texts else 0
     buckets = source.spec.get("buckets", ())
-    network = network_of(cfg, source.spec["shape"], len(source.spec["classes"]), features, buckets)
+    network = network_of(cfg, source.spec["shape"], len(source.spec["classes"]), features, caption, buckets)
     room = max(8, 4 * len(buckets))                     # with gradients and without, in two types: four times a shape
     torch._dynamo.config.recompile_limit = room
     torch._dynamo.config.accumulated_recompile_limit = max(256, room)
@@ -688,9 +732,11 @@ def run_training(cfg: Config, device) -> None:
         began = time.perf_counter()
         batch = [next(stream) for _ in slots]
         waited = time.perf_counter() - began
+        if texts:
+            texts.fetch(torch.cat([y for _, y, *_ in batch]))
         to_device = lambda v: v.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else v.to(device)
         batch = [tuple(map(to_device, part)) for part in batch]
-        norm, *seen = train_step(model, ema, optimizer, row, cfg, h, step, batch, slots)
+        norm, *seen = train_step(model, ema, optimizer, row, cfg, h, step, batch, slots, texts)
         log.add(norm, *seen, waited)
 
         # What all ranks must agree on: was anyone told to stop, is the gradient finite? Read one step late, so that
@@ -708,7 +754,7 @@ def run_training(cfg: Config, device) -> None:
         if saving:
             write_checkpoint(run, done, model, ema, optimizer, record)
         if done == cfg.steps or (cfg.sample_every and done % cfg.sample_every == 0):
-            sample_grid(ema, row, source.spec, cfg, run / "samples" / f"step_{done:08d}.png")
+            sample_grid(ema, row, source.spec, cfg, run / "samples" / f"step_{done:08d}.png", shown)
         if stopping:
             break
     log.bar.close()
