@@ -45,6 +45,7 @@ AUTOENCODERS = {  # name: place on the model hub, latent channels, scale of netw
     "dc-ae": ("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", 32, 0.41407),
 }
 FACTORS = {"sd-vae": 8, "dc-ae": 32}  # pixels per latent place and side
+TILED = 1024**2  # pixels of a picture beyond which it is decoded in tiles
 SLACK = 0.045  # areas of buckets lie this near to the base area, so tokens of two batches differ by less than 10%
 GEMMA = "google/gemma-3-1b-it"  # the text encoder of the released weights
 BYTES = dict(encoder="bytes", length=64, width=128)  # the one that needs no download, see `hash_words`
@@ -781,13 +782,47 @@ def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
     return vae, dict(autoencoder=name if name in AUTOENCODERS else place, scale=scale, shift=shift)
 
 
+def pixels_per_place(vae) -> int:
+    """Of an autoencoder, per side."""
+    return getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+@torch.no_grad()
+def decode_tiles(decode, z: Tensor, factor: int, tile: int = 512, overlap: int = 128) -> Tensor:
+    """Latents (1, C, h, w) to (1, 3, H, W) by overlapping tiles that fade linearly into each other.
+
+    tile, overlap  in pixels. Memory is that of one tile and of the result. All tiles have one size, the last ends at
+                   the border: diffusers' own tiling may end in a sliver, and differs between its autoencoders.
+    """
+    t, o = tile // factor, overlap // factor
+    sides, spans = [min(n, t) for n in z.shape[2:]], []
+    for n, side in zip(z.shape[2:], sides):
+        spans.append(sorted({*range(0, n - side, side - o), n - side}))
+    fades = [(torch.arange(side * factor, device=z.device) + 0.5) / overlap for side in sides]
+    fades = [torch.minimum(fade, fade.flip(0)).clamp(max=1) for fade in fades]
+    out = torch.zeros(1, 3, *(n * factor for n in z.shape[2:]), device=z.device)
+    sums = [torch.zeros(n, device=z.device) for n in out.shape[2:]]
+    for starts, total, fade in zip(spans, sums, fades):
+        for start in starts:
+            total[start * factor :][: len(fade)] += fade
+    for i in spans[0]:
+        for j in spans[1]:
+            part = decode(z[:, :, i : i + sides[0], j : j + sides[1]])
+            part *= fades[0][:, None] * fades[1]
+            out[:, :, i * factor :, j * factor :][:, :, : part.shape[2], : part.shape[3]] += part
+    return out.div_(sums[0][:, None]).div_(sums[1])
+
+
 def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: int = 16):
     """A function from network space (B, C, h, w) to uint8 pictures (B, H, W, C), whatever kind of data the spec names.
 
-    Latents are decoded in fp32, `at_once` at a time; `autoencoder` is a place to load from instead of the spec's.
+    Latents are decoded in fp32, `at_once` at a time of up to 512 x 512 pixels, fewer of larger ones, and those beyond
+    TILED pixels in tiles; `autoencoder` is a place to load from instead of the spec's. `.factor`: pixels per place.
     """
     if spec["kind"] != "latents":
-        return lambda z: to_pixels(spec, z)
+        decode = partial(to_pixels, spec)
+        decode.factor = 1
+        return decode
     if not (autoencoder or spec["autoencoder"]):
         raise UserError(f"{spec['shape'][0]} channels: no autoencoder is known; give --autoencoder, or --save_latents")
     vae, _ = load_autoencoder(autoencoder or spec["autoencoder"], device)
@@ -796,11 +831,17 @@ def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: i
                         f"{spec['shape'][0]}; they were made with {spec['autoencoder']}")  # fmt: skip
     as_pixels = dict(kind="pixels", mean=127.5, std=127.5)
 
+    plain, factor = lambda z: vae.decode(z).sample, pixels_per_place(vae)
+
     @torch.no_grad()
     def decode(z):
         z = z.to(device, torch.float32) / spec["scale"] + spec["shift"]
-        return np.concatenate([to_pixels(as_pixels, vae.decode(part).sample) for part in z.split(at_once)])
+        area = z.shape[2] * z.shape[3] * factor**2
+        how = partial(decode_tiles, plain, factor=factor) if area > TILED else plain
+        parts = z.split(1 if area > TILED else max(1, min(at_once, at_once * 512**2 // area)))
+        return np.concatenate([to_pixels(as_pixels, how(part)) for part in parts])
 
+    decode.factor = factor
     return decode
 
 
@@ -953,7 +994,7 @@ def plan_set(a, out, files, labels, captions, classes, device, dtype) -> tuple[d
     """Write what the set is made of, or hold it against what its folder says. Returns the makers of its tensors, and
     of each shard the pictures' size (height, width) and their indices."""
     vae, network = load_autoencoder(a.autoencoder, device, dtype)
-    factor = getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config["block_out_channels"]) - 1)
+    factor = pixels_per_place(vae)
     step = factor * a.patch
     if a.size % step:
         raise UserError(f"--size {a.size}: must be a multiple of {step}, this autoencoder's pixels per place x --patch")

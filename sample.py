@@ -24,7 +24,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from model import TiM, lower_precision
-from transition import TRANSPORTS, Transport, shift_times, solve, step_coefficients
+from transition import TRANSPORTS, Transport, resolution_shift, shift_times, solve, step_coefficients
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -217,6 +217,7 @@ def latents(model, row, config, index, seed: int, steps, classes: list[int], **o
     y = torch.tensor([class_of(i, classes) for i in index], device=device)
     noise = lambda k: initial_noise(shape, seed, index, device, k)
     local = config["train"].get("share_diffusion") == 1
+    options.setdefault("shift", resolution_shift(z[0, 0].numel() // model.patch**2, config["train"].get("shift", 0)))
     return generate(model, row, z, y, steps, noise=noise, local=local, **options)
 
 
@@ -224,6 +225,59 @@ def images(model, row, config, index, seed: int, steps, classes: list[int], deco
     """`latents` as uint8 pictures (len(index), H, W, C); decode: what `data.decoder` gave for config["data"]."""
     decode = decode or data.decoder(config["data"], next(model.parameters()).device)
     return decode(latents(model, row, config, index, seed, steps, classes, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def two_numbers(mark: str):
+    """A parser of arguments such as 1024x1536 (height x width) or 2:5."""
+
+    def parse(text: str) -> tuple[int, int]:
+        first, _, second = text.partition(mark)
+        if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+            raise argparse.ArgumentTypeError(f"{text}: expected height{mark}width in whole numbers")
+        return int(first), int(second)
+
+    return parse
+
+
+def asked_sizes(a, config, patch: int, factor: int) -> list[tuple[int, int]]:
+    """Heights and widths in pixels that --size and --aspect ask for; none where neither does.
+
+    raises  UserError with the nearest size allowed: sides are multiples of the autoencoder's pixels per place x patch.
+    """
+    step, (_, *base), sizes = factor * patch, config["data"]["shape"], a.size or []
+    nearest = lambda side: max(1, round(side / step)) * step
+    for h, w in sizes:
+        if h % step or w % step:
+            rule = f"sides must be multiples of {step}, pixels per place of the autoencoder x patch"
+            raise UserError(f"--size {h}x{w}: {rule}; the nearest is {nearest(h)}x{nearest(w)}")
+    if a.aspect:
+        areas = [h * w for h, w in sizes] or [base[0] * base[1] * factor**2]
+        sizes = [(nearest((s * h / w) ** 0.5), nearest((s * w / h) ** 0.5)) for s in areas for h, w in a.aspect]
+    return sizes
+
+
+def at_size(config, size: tuple[int, int], factor: int) -> dict:
+    """The configuration for pictures of another size than trained at; "size" in it says which."""
+    shape = [config["data"]["shape"][0], size[0] // factor, size[1] // factor]
+    return config | dict(size=list(size), data=config["data"] | dict(shape=shape))
+
+
+def memory_needed(model: TiM, shape, copies: int, factor: int) -> dict[str, float]:
+    """GiB of sampling `copies` pictures at a time (twice the batch where guided), without the attention's N x N, which
+    flash kernels never hold: the weights, a pass of the network, and the pictures while one of them is decoded.
+
+    A pass peaks in the MLP: 44 bytes per token and width in fp32, 30 with bf16 products (measured, and the same at all
+    depths and widths). What the autoencoder takes for a tile or a small picture is not in it.
+    """
+    weights, size = list(model.parameters()), model.blocks[0].attn.qkv.weight.dtype.itemsize
+    tokens, width = shape[1] * shape[2] // model.patch**2, model.blocks[0].attn.qkv.in_features
+    own, one = sum(p.nbytes for p in weights), 3 * shape[1] * shape[2] * factor**2
+    passing, pixels = copies * tokens * width * (44 if size == 4 else 30), one * 4 * 3 + one * copies
+    return {k: v / 2**30 for k, v in dict(weights=own, network=passing, pictures=pixels).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,6 +302,14 @@ def parse_arguments(argv=None):
     add("--batch", type=int, default=100, help="pictures per pass (default 100)")
     add("--autoencoder", help="place of the autoencoder: a folder or hub name (default: what the checkpoint names)")
     add("--save_latents", action="store_true", help="write latents as safetensors, undecoded; needs no autoencoder")
+    add("--size", type=two_numbers("x"), nargs="+", metavar="HxW",
+        help="of the pictures in pixels, several in turn (default: as trained)")
+    add("--aspect", type=two_numbers(":"), nargs="+", metavar="H:W",
+        help="shapes of the same area instead, such as 2:5")
+    add("--rope_scale", choices=("none", "ntk"), default="none",
+        help="ntk: beyond the trained side, stretch the slow rotations of RoPE (default none)")
+    add("--rope_layout", choices=("grid", "released"), help="token places (default: the checkpoint's; see README)")
+    add("--shift", type=float, help="s of t -> s t / (1 + (s - 1) t) (default: what training says for this size)")
     add("--export", metavar="FILE", help="write weights and configuration as one .safetensors file, and stop")
     add("--compile", action="store_true", help="compile the blocks; pays from some thousand pictures on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")

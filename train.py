@@ -565,7 +565,8 @@ def sample_grid(model, row, spec, cfg, path: Path, texts=None, columns: int = 10
         if dist.get_rank() == 0:
             print(f"{path} shows latent channels: {error}", flush=True)
     with torch.compiler.set_stance("force_eager"):                              # no compiling for a picture's batch
-        options = dict(guidance=cfg.guidance, local=cfg.share_diffusion == 1, null=null)
+        shift = resolution_shift(z[0, 0].numel() // cfg.patch**2, cfg.shift)
+        options = dict(guidance=cfg.guidance, local=cfg.share_diffusion == 1, null=null, shift=shift)
         rows = [decode(generate(model, row, z, y, n, **options)) for n in GRID_STEPS]
     path.parent.mkdir(exist_ok=True)
     first_rank(lambda: data.grid(np.stack(rows), scale=max(1, 64 // rows[0].shape[1]), names=names).save(path))
