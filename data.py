@@ -22,6 +22,7 @@ import re
 import resource
 import sys
 import tarfile
+import textwrap
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -285,12 +286,13 @@ class Texts:
 
 @lru_cache(maxsize=2**16)
 def hash_word(word: str) -> np.ndarray:
-    """A fixed vector (BYTES width,) for a word: half its own, half of its runs of 3 bytes, so that like look alike."""
+    """A fixed vector (BYTES width,) of normals for a word: a quarter its own, the rest of its runs of 3 bytes, so that
+    like words look alike: kernel regression from names to emoji found unseen ones best so."""
     raw = f"<{word}>".encode()
     pieces = [raw] + [raw[i : i + 3] for i in range(min(max(1, len(raw) - 2), 64))]
     bits = [np.frombuffer(hashlib.shake_256(piece).digest(2 * BYTES["width"]), "<u2") for piece in pieces]
     v = NORMAL[np.stack(bits)]
-    return v[0] + v[1:].sum(0) / len(v[1:]) ** 0.5
+    return 0.25**0.5 * v[0] + (0.75 / len(v[1:])) ** 0.5 * v[1:].sum(0)
 
 
 def hash_words(captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -745,16 +747,12 @@ def grid(rows: np.ndarray, gap: int = 2, scale: int = 1, names: list[str] = ()) 
     sheet = to_image(sheet.repeat(scale, 0).repeat(scale, 1))
     if not names:
         return sheet
-    below, font, line = Image.new(sheet.mode, (sheet.width, sheet.height + 54), "white"), ImageFont.load_default(11), 13
+    below, font = Image.new(sheet.mode, (sheet.width, sheet.height + 56), "white"), ImageFont.load_default(11)
     below.paste(sheet)
-    for k, name in enumerate(names):
-        name = " ".join(name[:200].split())                                     # on one line; ImageFont draws no others
-        for row in range(4):                                                    # letters, as some scripts have no words
-            fits = next((i for i in range(1, len(name) + 1) if font.getlength(name[:i]) > w * scale), len(name) + 1) - 1
-            cut = name.rfind(" ", 1, fits + 1) if fits < len(name) and " " in name[1 : fits + 1] else max(1, fits)
-            place = k * (w + gap) * scale, sheet.height + 1 + row * line
-            ImageDraw.Draw(below).text(place, name[:cut], 0, font)
-            name = name[cut:].lstrip()
+    for k, name in enumerate(names):                                            # four lines, cut at the column's edge
+        cell, lines = Image.new(sheet.mode, (w * scale, 56), "white"), textwrap.wrap(name[:200], max(1, w * scale // 6))
+        ImageDraw.Draw(cell).multiline_text((1, 1), "\n".join(lines[:4]), "black", font, spacing=2)
+        below.paste(cell, (k * (w + gap) * scale, sheet.height))
     return below
 
 

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 SIZES = {  # adaln: hidden width of each block's modulation. Heads of 64 run unpadded in flash kernels, XL's 72 do not
     "demo": dict(depth=4, width=128, heads=4, adaln=64),
+    "emoji": dict(depth=3, width=256, heads=4, adaln=64),
     "S": dict(depth=12, width=384, heads=6, adaln=128),
     "B": dict(depth=12, width=768, heads=12, adaln=256),
     "L": dict(depth=24, width=1024, heads=16, adaln=344),

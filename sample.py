@@ -4,6 +4,7 @@
     python sample.py --checkpoint runs/demo --num 1000 --steps 8 --out pictures
     python sample.py --checkpoint c2i_model_256.safetensors --steps 1 2 128 --classes 207 360     # released weights
     python sample.py --checkpoint runs/demo --export demo.safetensors
+    python sample.py --checkpoint runs/emoji --prompts "red apple" "blue heart" --steps 1 8 --guidance 1.5
 """
 
 import argparse
@@ -111,6 +112,8 @@ def recognise(state: dict[str, Tensor], file) -> dict:
     side, guidance, interval = (32, 2.5, (0, 0.6)) if channels == 4 else (16, 3.0, (0, 0.7))
     spec = dict(kind="latents", autoencoder=name, scale=scale, shift=0.0, shape=[channels, side, side])
     spec["classes"] = [str(i) for i in range(model.get("classes", 0))]
+    if text:
+        spec["text"] = dict(encoder=data.GEMMA, length=256, width=model["caption"])
     train = dict(transport="otfm", guidance=2.5 if text else guidance, interval=(0, 1) if text else interval, drop=0.1)
     return dict(model=model, data=spec, train=train, step=None)
 
@@ -210,11 +213,17 @@ def class_of(index: int, classes: list[int]) -> int:
     return classes[index % len(classes)]
 
 
-def latents(model, row, config, index, seed: int, steps, classes: list[int], **options) -> Tensor:
-    """Samples in network space (n, C, H, W): image i has noise (seed, i) and class classes[i mod len(classes)]."""
+def latents(model, row, config, index, seed: int, steps, classes: list[int], texts=None, **options) -> Tensor:
+    """Samples in network space (n, C, H, W): image i has noise (seed, i) and class classes[i mod len(classes)].
+
+    texts  data.Texts of the prompts for a text network; the classes are then their numbers.
+    """
     device, shape = next(model.parameters()).device, config["data"]["shape"]
     z = initial_noise(shape, seed, index, device)
     y = torch.tensor([class_of(i, classes) for i in index], device=device)
+    if texts:
+        texts.fetch(y)
+        y, options["null"] = texts(y), texts(torch.full_like(y, texts.null))
     noise = lambda k: initial_noise(shape, seed, index, device, k)
     local = config["train"].get("share_diffusion") == 1
     options.setdefault("shift", resolution_shift(z[0, 0].numel() // model.patch**2, config["train"].get("shift", 0)))
@@ -289,6 +298,9 @@ def parse_arguments(argv=None):
     add = p.add_argument
     add("--checkpoint", help="run folder, exported or released file (default: the newest run under runs/)")
     add("--steps", type=int, nargs="+", default=[1, 2, 8], help="numbers of steps, a row each (default 1 2 8)")
+    add("--prompts", nargs="+", help="texts, a column each (default: ten of the training); \"\" = no caption")
+    add("--prompts_file", help="file with a text per line")
+    add("--text_encoder", help="its place: a folder or hub name (default: what the checkpoint names)")
     add("--classes", type=int, nargs="+", help="classes to draw, a column each (default: the first ten)")
     add("--guidance", type=float, help="1 = off (default: what the checkpoint was trained for)")
     add("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -317,10 +329,44 @@ def parse_arguments(argv=None):
     return p.parse_args(argv)  # fmt: skip
 
 
-def check_arguments(a, path, config) -> tuple[list[int], dict]:
-    """The classes to draw and the options of `generate`; UserError for what cannot be."""
-    known = len(config["data"]["classes"])
-    classes = list(range(min(10, known) if a.num is None else known)) if a.classes is None else a.classes
+def read_prompts(a, path, config) -> list[str]:
+    """The prompts of a text network, none for one of classes; UserError for what does not go together."""
+    if "text" not in config["data"]:
+        if a.prompts or a.prompts_file:
+            raise UserError(f"--prompts: {path} was trained on classes, not on texts; give --classes")
+        return []
+    if a.classes is not None:
+        raise UserError(f"--classes {a.classes}: {path} was trained on texts; give --prompts")
+    if a.prompts and a.prompts_file:
+        raise UserError(f"--prompts and --prompts_file {a.prompts_file}: give one of them")
+    try:
+        text = Path(a.prompts_file).read_text("utf-8") if a.prompts_file else None
+        prompts = config["data"].get("prompts", []) if text is None else text.removesuffix("\n").split("\n")
+        prompts = a.prompts or prompts
+        "".join(prompts).encode()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--prompts, --prompts_file {a.prompts_file}: no text in UTF-8 to be had ({error})") from error
+    if not prompts:
+        raise UserError(f'{path} draws from text; say what: --prompts "a red apple" or --prompts_file FILE')
+    return prompts
+
+
+def encode_prompts(prompts: list[str], config, device, place: str | None = None):
+    """Prompts as data.Texts. Up to data.TABLE of them are encoded here and the encoder is let go of, so that it and
+    the network need not be in memory together."""
+    text = config["data"]["text"]
+    encode, found = data.load_text_encoder(place or text["encoder"], device, text["length"])
+    if found["width"] != config["model"]["caption"]:
+        rule = f"its features are {found['width']} wide, the network knows {config['model']['caption']}"
+        raise UserError(f"--text_encoder {found['encoder']}: {rule}; it was trained with {text['encoder']}")
+    return data.Texts(data.Captions([[prompt] for prompt in prompts]), encode, device)
+
+
+def check_arguments(a, path, config, prompts) -> tuple[list[int], dict]:
+    """The classes (or numbers of prompts) to draw and the options of `generate`; UserError for what cannot be."""
+    known = len(prompts or config["data"]["classes"])
+    columns = known if prompts or a.num is not None else min(10, known)
+    classes = list(range(columns)) if a.classes is None else a.classes
     for k in classes:
         if not 0 <= k < known:
             raise UserError(f"--classes {k}: {path} knows classes 0 to {known - 1}")
@@ -356,12 +402,16 @@ def main(argv=None):
         torch.empty(0, device=a.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
-    model, row, config = load(path, a.device)
-    classes, options = check_arguments(a, path, config)
+    model, row, config = load(path)
+    prompts = read_prompts(a, path, config)
+    classes, options = check_arguments(a, path, config, prompts)
     if a.export:
         save(Path(a.export), model.state_dict(), config)
         print(f"{a.export}: {sum(p.numel() for p in model.parameters()):,} parameters of {path}")
         return
+    if prompts:
+        options["texts"] = encode_prompts(prompts, config, a.device, a.text_encoder)
+    model.to(a.device)
     if (a.precision or ("bf16" if a.device.startswith("cuda") else "fp32")) == "bf16":
         lower_precision(model)
     for block in model.blocks if a.compile else ():
@@ -373,11 +423,11 @@ def main(argv=None):
     out = Path(a.out or ("samples.safetensors" if a.save_latents else "samples.png"))
     out.parent.mkdir(parents=True, exist_ok=True)
     if a.save_latents:
-        save(out, {f"steps_{n}": draw(n) for n in a.steps}, dict(data=config["data"], classes=classes))
+        save(out, {f"steps_{n}": draw(n) for n in a.steps}, dict(data=config["data"], classes=prompts or classes))
     else:
         rows = [decode(draw(n)) for n in a.steps]
-        data.grid(np.stack(rows), scale=max(1, 64 // rows[0].shape[1])).save(out)
-    names = [config["data"]["classes"][k] for k in classes]
+        data.grid(np.stack(rows), scale=max(1, 64 // rows[0].shape[1]), names=prompts).save(out)
+    names = prompts or [config["data"]["classes"][k] for k in classes]
     print(f"{out}: rows {a.steps} steps, columns {', '.join(names)}, guidance {options['guidance']:g}, from {path}")
 
 
@@ -387,10 +437,13 @@ def many(model, row, config, a, path, classes, options, decode):
     What is there already is not drawn again; FOLDER.json beside it says what it is, so that no two settings mix.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    shown = {k: v for k, v in options.items() if k != "texts"}
+    if texts := options.get("texts"):
+        shown["prompts"] = [texts.captions[k] for k in classes]
     for n in a.steps:
         folder = Path(a.out) / (f"steps_{n}" if len(a.steps) > 1 else "")
         folder.mkdir(parents=True, exist_ok=True)
-        claim(Path(f"{folder}.json"), options | dict(
+        claim(Path(f"{folder}.json"), shown | dict(
             checkpoint=str(path), step=config["step"], steps=n, seed=a.seed, classes=classes, latents=a.save_latents))
         batches = [range(s, min(s + a.batch, a.num)) for s in range(0, a.num, a.batch)][rank::world]
         writes, total = [], sum(map(len, batches))
@@ -406,6 +459,9 @@ def many(model, row, config, a, path, classes, options, decode):
                 bar.update(len(batch))
         for write in writes:
             write.result()                                                      # raises what the thread met
+        if texts and rank == 0:                                                 # as evaluate.py clip reads them
+            lines = (dict(file=f"{i:06}.png", caption=shown["prompts"][class_of(i, classes)]) for i in range(a.num))
+            (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if rank == 0:
         print(f"{a.out}: {a.num} pictures at {a.steps} steps, guidance {options['guidance']:g}")
 

@@ -156,8 +156,8 @@ PRESETS = {
     # images = steps x batch, epochs = images / 1,281,167; for bytes per rank see --dry_run
     # 1,561 pictures with names
     "emoji": Config(
-        data="emoji", patch=4, steps=3000, batch=64, time_mean=0.0, time_std=1.6, cosine=False, guide_gt=2.0, ema=0.998,
-        decay=0.2, log_every=20,
+        data="emoji", size="emoji", patch=8, steps=2800, batch=32, lr=1.5e-3, time_mean=0.0, time_std=1.6, cosine=False,
+        guide_gt=2.0, ema=0.998, decay=0.2, log_every=20,
     ),
     "imagenet_b": replace(IMAGENET, size="B", patch=4, steps=100_000, batch=1024, lr=4e-4),
     "imagenet_xl": IMAGENET,
