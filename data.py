@@ -743,7 +743,7 @@ def grid(rows: np.ndarray, gap: int = 2, scale: int = 1, names: list[str] = ()) 
     r, c, h, w, k = rows.shape
     sheet = np.full((r, h + gap, c, w + gap, k), 255, np.uint8)
     sheet[:, :h, :, :w] = rows.transpose(0, 2, 1, 3, 4)
-    sheet = sheet.reshape(r * (h + gap), c * (w + gap), k)[:-gap, :-gap]
+    sheet = sheet.reshape(r * (h + gap), c * (w + gap), k)[: r * (h + gap) - gap, : c * (w + gap) - gap]
     sheet = to_image(sheet.repeat(scale, 0).repeat(scale, 1))
     if not names:
         return sheet
