@@ -320,8 +320,8 @@ def parse_arguments(argv=None):
         help="of the pictures in pixels, several in turn (default: as trained)")
     add("--aspect", type=two_numbers(":"), nargs="+", metavar="H:W",
         help="shapes of the same area instead, such as 2:5")
-    add("--rope_scale", choices=("none", "ntk"), default="none",
-        help="ntk: beyond the trained side, stretch the slow rotations of RoPE (default none)")
+    add("--rope_scale", choices=("none", "ntk", "linear"), default="none",
+        help="beyond the trained side, stretch RoPE: its slow rotations, or all of them (default none)")
     add("--rope_layout", choices=("grid", "released"), help="token places (default: the checkpoint's; see README)")
     add("--shift", type=float, help="s of t -> s t / (1 + (s - 1) t) (default: what training says for this size)")
     add("--bench", choices=("geneval", "dpg", "mjhq"), help="draw a benchmark: --prompts is its prompt file (dpg:\n"
@@ -434,8 +434,9 @@ def main(argv=None):
     factor = decode.factor if decode else spec.get("factor") or data.FACTORS.get(spec["autoencoder"], 0)
     if (a.size or a.aspect) and not factor:
         raise UserError("--size, --aspect with --save_latents: pixels per place are unknown; leave --save_latents out")
-    if a.rope_scale == "ntk":
-        model.rope_base, how["rope_scale"] = tuple(side // model.patch for side in spec["shape"][1:]), "ntk"
+    if a.rope_scale != "none":
+        model.rope_stretch = (a.rope_scale, *(side // model.patch for side in spec["shape"][1:]))
+        how["rope_scale"] = a.rope_scale
     if a.rope_layout:
         model.rope_layout = how["rope_layout"] = a.rope_layout
     sizes = asked_sizes(a, config, model.patch, factor)
