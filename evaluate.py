@@ -725,8 +725,8 @@ def resolution_rows(a, cfg, device):
             got |= {"GiB": need["weights"] + need["network"], "s measured": None, "GiB measured": None}
             if cuda:
                 y = torch.zeros(1, 256, cfg.caption) if cfg.caption else torch.zeros(1, dtype=torch.int64)
-                z = sample.initial_noise(shape, 0, [0], device)
-                run = lambda n=n, z=z, y=y.to(device): sample.generate(model, row, z, y, n, null=y)
+                z, y = sample.initial_noise(shape, 0, [0], device), y.to(device)
+                run = lambda n=n, z=z, y=y: sample.generate(model, row, z, y, n, null=y)
                 ((got["s measured"], peak),) = measure([run], device, a.repeats)
                 got["GiB measured"] = need["weights"] + peak / 1024
             yield got

@@ -384,7 +384,7 @@ def check_arguments(a, path, config, prompts) -> tuple[list[int], dict]:
     if not 0 <= interval[0] <= interval[1] <= 1:
         raise UserError(f"--interval {interval[0]:g} {interval[1]:g}: two rising fractions within 0 and 1")
     ending = ".safetensors" if a.save_latents else ".png"
-    if a.num is None and a.out and not a.out.endswith(ending):
+    if a.num is None and not a.bench and a.out and not a.out.endswith(ending):
         raise UserError(f"--out {a.out}: a grid goes into one {ending} file; give such a name, or --num for many")
     if a.num is not None and not a.out:
         raise UserError(f"--num {a.num} needs --out FOLDER")
