@@ -220,10 +220,11 @@ def read_captions(source: Path) -> dict[str, dict]:
             except (ValueError, KeyError, TypeError) as error:
                 if line.strip():
                     faults.append(f"  line {number}: {type(error).__name__}: {error}")
+    if not found:
+        why = faults[0].strip() if faults else "empty"
+        raise UserError(f'{source}: no line is {{"image_file": "a.png", "captions": ["a text", ...]}}; {why}')
     if faults and os.environ.get("RANK", "0") == "0":
         print("\n".join([f"{source}: {len(faults)} broken lines are skipped", *faults[:20]]), file=sys.stderr)
-    if not found:
-        raise UserError(f'{source}: no line as it should be, {{"image_file": "a.png", "captions": ["..."]}}')
     return found
 
 
@@ -340,7 +341,10 @@ def load_text_encoder(name: str, device="cpu", length: int = 256):
         parts = [{k: v[i : i + 64] for k, v in tokens.items()} for i in range(0, len(captions), 64)]
         return torch.cat([net(**part).last_hidden_state for part in parts]), tokens["attention_mask"].bool()
 
-    return encode, dict(encoder=place, length=length, width=encode([""])[0].shape[2])
+    try:
+        return encode, dict(encoder=place, length=length, width=encode([""])[0].shape[2])
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{flag}: gives no last hidden state of a text ({error}); give a text model") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

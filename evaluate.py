@@ -3,6 +3,7 @@
     python evaluate.py fid --reference demo --num 2000 --steps 1 2 8      # newest run; torchrun shares the sampling
     python evaluate.py consistency                                        # a long jump against two; error of df/dt by h
     python evaluate.py clip --images pictures                             # pictures beside captions.jsonl
+    python evaluate.py captions                                           # are prompts followed, also unseen ones?
     python evaluate.py speed --config demo --batch 64                     # takes every flag of train.py
 """
 
@@ -13,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -81,12 +83,15 @@ def digest(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def open_network(a):
+def open_network(a, text=False):
     """The checkpoint that --checkpoint names, or the newest: model, row, config, folder of results, record of it."""
     path = Path(a.checkpoint or sample.newest())
     if a.seed < 0 or a.batch < 1:
         raise UserError(f"--seed {a.seed}, --batch {a.batch}: a seed is at least 0, a batch at least 1")
     model, row, config = sample.load(path, a.device)
+    if text != ("text" in config["data"]):
+        way = "captions, or sample.py --prompts_file FILE --num N, then fid --images"
+        raise UserError(f"{path} was trained on " + ("classes; use fid or consistency" if text else f"text; use {way}"))
     if a.precision == "bf16":
         lower_precision(model)
     file = path / "ema.safetensors" if path.is_dir() else path
@@ -535,7 +540,7 @@ def clip(a):
     folder = Path(a.images)
     form = 'a captions.jsonl with {"file": ..., "caption": ...} a line'
     try:
-        lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines() if line.strip()]
+        lines = [json.loads(line) for line in (folder / "captions.jsonl").open("rb") if line.strip()]
         pairs = [(folder / line["file"], line["caption"]) for line in lines][: a.num]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--images {folder}: expected {form} ({error!r})") from error
@@ -558,6 +563,102 @@ def clip(a):
     got = dict(images=folder.name[-23:], CLIP=float(score.mean()), error=error, n=n)
     table("CLIP score, with its standard error", [got])
     append(folder / "eval.jsonl", got | dict(images=a.images, model=a.model))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# captions
+
+COLOURS = dict(  # word: what most pixels of such a picture look like, here those of the font's hearts
+    red=(244, 67, 54), orange=(255, 152, 0), yellow=(255, 204, 50), green=(124, 179, 66), blue=(25, 118, 210),
+    purple=(171, 71, 188), pink=(255, 148, 189), brown=(183, 109, 84), black=(66, 66, 66), grey=(147, 147, 147),
+    white=(224, 224, 224),
+)  # fmt: skip
+
+
+def glance(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 (n, H, W, C) -> (n, 64 C): the picture in 8 x 8 cells, what the nearest real picture is measured by."""
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    return F.adaptive_avg_pool2d(x, 8).flatten(1)
+
+
+def dominant_colours(pictures: np.ndarray) -> list[str]:
+    """The word of COLOURS that is nearest to most pixels of each, not counting a near-white background."""
+    x = torch.from_numpy(pictures).float().flatten(1, 2)                        # (n, H W, C)
+    x = x.expand(-1, -1, 3)
+    word = torch.cdist(x, torch.tensor([list(map(float, v)) for v in COLOURS.values()])).argmin(2)
+    votes = (F.one_hot(word, len(COLOURS)) * (x.amin(2) < 240)[..., None]).sum(1)
+    return [list(COLOURS)[k] if n else "white" for n, k in zip(*(v.tolist() for v in votes.max(1)))]
+
+
+def caption_scores(pictures, own, real, others=False) -> dict:
+    """How well pictures agree with the captions of the real pictures number `own`.
+
+    real    (glances, names, groups) of all real pictures. others: the nearest may not be the own one.
+    name    the nearest real picture bears the prompt's name; ten: one of the ten nearest does
+    colour  of prompts with a word of COLOURS, the dominant colour is that; n: how many pictures these are
+    group   the nearest real picture is of the prompt's group
+    """
+    glances, names, groups = real
+    distance = torch.cdist(glance(pictures), glances)
+    if others:
+        distance[torch.arange(len(own)), torch.as_tensor(own)] = math.inf
+    nearest = distance.topk(min(10, len(names)), largest=False).indices.tolist()
+    words = [(set(re.findall(r"\w+", names[i].lower())) & COLOURS.keys()) for i in own]
+    agree = [colour in word for colour, word in zip(dominant_colours(pictures), words) if word]
+    share = lambda hits: sum(hits) / len(hits) if hits else None
+    return dict(
+        name=share([names[near[0]] == names[i] for near, i in zip(nearest, own)]),
+        ten=share([names[i] in [names[k] for k in near] for near, i in zip(nearest, own)]),
+        colour=share(agree), n=len(agree),
+        group=share([groups[near[0]] == groups[i] for near, i in zip(nearest, own)]) if any(groups) else None,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def captions(a):
+    """Are prompts followed? Sampled pictures against the real ones, seen and held-out names apart."""
+    model, row, config, results, about = open_network(a, text=True)
+    if a.num < 1 or min(a.steps) < 1:
+        raise UserError(f"--num {a.num}, --steps {a.steps}: at least 1 each")
+    spec, place = config["data"], a.data or config["train"]["data"]
+    guidance = config["train"]["guidance"] if a.guidance is None else a.guidance
+    decode, chance = data.decoder(spec, a.device, a.autoencoder), np.random.default_rng(0)
+    parts = {"seen": data.open_data(place, spec["shape"])}
+    if place == "emoji":
+        parts["held out"] = data.emoji(held_out=True)
+    pictures, names, groups, spans = [], [], [], {}
+    for part, source in parts.items():
+        index = np.linspace(0, len(source.labels) - 1, min(len(source.labels), 5000)).astype(int)
+        some_each = filter(len, np.array_split(index, 50))
+        pictures += [decode(torch.from_numpy(source.read(some, chance))) for some in some_each]
+        spans[part] = range(len(names), len(names) + len(index))
+        names += [source.captions[k] for k in source.captions.draw(source.labels[index], chance)]
+        groups += [source.records[i][2] for i in index] if hasattr(source, "records") else [""] * len(index)
+    pictures = np.concatenate(pictures)
+    real = glance(pictures), names, groups
+
+    def rows():
+        for part, span in spans.items():
+            own = [span[k] for k in np.linspace(0, len(span) - 1, min(len(span), a.num)).astype(int)]
+            other = [own[k - len(own) // 2] for k in range(len(own))]           # pictures of other captions
+            yield dict(row=f"{part}: random caption", steps=None) | caption_scores(pictures[other], own, real)
+            texts = sample.encode_prompts([names[i] for i in own], config, a.device, a.text_encoder)
+            options = dict(guidance=guidance, texts=texts, decode=decode)
+            for steps in a.steps:
+                drawn = [
+                    sample.images(model, row, config, range(k, min(k + a.batch, a.num)), a.seed, steps, range(len(own)),
+                                  **options) for k in range(0, a.num, a.batch)
+                ]  # fmt: skip
+                got = caption_scores(np.concatenate(drawn), [own[i % len(own)] for i in range(a.num)], real)
+                yield dict(row=part, steps=steps) | got
+            yield dict(row=f"{part}: nearest other", steps=None) | caption_scores(pictures[own], own, real, others=True)
+            yield dict(row=f"{part}: real", steps=None) | caption_scores(pictures[own], own, real)
+
+    title = f"{a.num} pictures a row at guidance {guidance:g}, nearest of {len(names)} real ones of {place} in 8 x 8\n"
+    title += "name: of the nearest, ten: of the ten nearest; colour: dominant, of n with one's name; group: nearest's"
+    got = table(title, rows())
+    append(results / "eval.jsonl", about | dict(captions=got, n=a.num, guidance=guidance, data=place))
+    print(f"{results / 'eval.jsonl'}: 1 more record")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -840,6 +941,13 @@ def parse_arguments(argv=None):
     arg = add("consistency", "a jump against two composed, and f against its own target, by length of the interval")
     arg("--data", help="pictures to start from (default: what the run was trained on)")
     arg("--num", type=int, default=200, help="pictures per row (default 200)")
+    arg = add("captions", "are prompts followed: names of nearest real pictures, colours, groups, over steps")
+    arg("--data", help="captioned set to compare with (default: what the run was trained on)")
+    arg("--num", type=int, default=400, help="pictures per row (default 400)")
+    arg("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 32], help="a row each (default 1 2 4 8 32)")
+    arg("--guidance", type=float, help="1 = off (default: what the run says)")
+    arg("--autoencoder", help="place of the autoencoder, for latents (default: what the checkpoint names)")
+    arg("--text_encoder", help="place of the text encoder (default: what the checkpoint names)")
     arg = add("clip", "CLIP score of pictures with captions.jsonl; needs transformers", network=False)
     arg("--images", required=True, help='folder with captions.jsonl, {"file": ..., "caption": ...} a line')
     arg("--num", type=int, help="only the first so many (default: all)")
@@ -859,13 +967,16 @@ def parse_arguments(argv=None):
     return a, rest
 
 
+COMMANDS = dict(fid=fid, consistency=consistency, captions=captions, clip=clip)
+
+
 def main(argv=None):
     a, rest = parse_arguments(argv)
     try:
         torch.empty(0, device=getattr(a, "device", "cpu"))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
-    speed(a, rest) if a.command == "speed" else dict(fid=fid, consistency=consistency, clip=clip)[a.command](a)
+    speed(a, rest) if a.command == "speed" else COMMANDS[a.command](a)
 
 
 if __name__ == "__main__":

@@ -555,6 +555,7 @@ def sample_grid(model, row, spec, cfg, path: Path, texts=None, columns: int = 10
     z = initial_noise(spec["shape"], cfg.seed, range(columns), device)
     y, null = torch.arange(columns, device=device), None
     if texts:
+        texts.fetch(y)
         y, null = texts(y), texts(torch.full_like(y, texts.null))
     else:
         y = y % len(spec["classes"])
