@@ -263,8 +263,9 @@ class Texts:
     Of up to TABLE captions the features are worked out once, here; of more, `fetch` does so for each coming batch.
     """
 
-    def __init__(self, captions: Captions, encode, device):
+    def __init__(self, captions: Captions, encode, device, multiple: int = 1):
         self.captions, self.encode, self.device, self.null = captions, encode, device, captions.null
+        self.multiple = multiple                                                # of L: compiled code wants few lengths
         self.whole = captions.null <= TABLE
         if self.whole:
             self.gather(range(captions.null + 1))
@@ -278,7 +279,9 @@ class Texts:
         slot, texts = {}, [self.captions[i] for i in numbers]
         rows = [slot.setdefault(text, len(slot)) for text in texts]             # equal captions share a row
         self.numbers, self.rows = (torch.tensor(list(v), device=self.device) for v in (numbers, rows))
-        self.features, self.mask = (v.to(self.device) for v in self.encode(list(slot)))
+        features, mask = (v.to(self.device) for v in self.encode(list(slot)))
+        more = -mask.shape[1] % self.multiple
+        self.features, self.mask = F.pad(features, (0, 0, 0, more)), F.pad(mask, (0, more))
 
     def __call__(self, y):
         row = self.rows[torch.searchsorted(self.numbers, y)]

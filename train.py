@@ -174,6 +174,7 @@ FREE = set(  # what a resumed run may change
     "checkpointing reduce replicate accumulate".split()
 )
 GRID_STEPS = (1, 2, 4, 8, 32)
+CAPTION_STEP = 64  # compiled code is made per shape, so there captions are padded to multiples of this
 
 
 def parse_config(argv=None) -> tuple[Config, int]:
@@ -684,7 +685,7 @@ def train(cfg: Config) -> None:
 def read_texts(cfg: Config, source, device):
     """The captions of a set and the prompts of its sample grids, as data.Texts; puts both into the set's spec."""
     encode, source.spec["text"] = data.load_text_encoder(cfg.text_encoder, device)
-    texts = data.Texts(source.captions, encode, device)
+    texts = data.Texts(source.captions, encode, device, CAPTION_STEP if cfg.compile else 1)
     some = np.linspace(0, texts.null - 1, min(10, texts.null)).astype(int)
     prompts = source.spec.setdefault("prompts", [source.captions[i][:1000] for i in some])
     return texts, data.Texts(data.Captions([[text] for text in prompts]), encode, device)
@@ -708,7 +709,8 @@ def run_training(cfg: Config, device) -> None:
     caption = source.spec["text"]["width"] if texts else 0
     buckets = source.spec.get("buckets", ())
     network = network_of(cfg, source.spec["shape"], len(source.spec["classes"]), features, caption, buckets)
-    room = max(8, 4 * len(buckets))                     # with gradients and without, in two types: four times a shape
+    room = 4 * max(2, len(buckets))                     # the gradient's, the difference's, the guidance's batch; spare
+    room *= -(-source.spec["text"]["length"] // CAPTION_STEP) if texts else 1
     torch._dynamo.config.recompile_limit = room
     torch._dynamo.config.accumulated_recompile_limit = max(256, room)
     record = dict(model=network, data=source.spec, train=asdict(cfg))

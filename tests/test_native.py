@@ -62,7 +62,7 @@ def place(tmp_path_factory):
         lines.append(json.dumps(dict(image_file=f"{i:02}.png", captions=[f"thing {i % 10}", "a picture"])))
     (root / "pictures/captions.jsonl").write_text("\n".join(lines) + "\n")
     tiny_autoencoder(root / "dc", (4, 8))
-    tiny_autoencoder(root / "dc32", (8, 8, 8, 8, 8, 8))
+    tiny_autoencoder(root / "dc32", (4, 4, 4, 8, 8, 8))
     return root
 
 
@@ -330,8 +330,8 @@ def test_ten_ratios_from_pictures_to_samples(place, tmp_path):
     whole, parts = (load_file(tmp_path / name / "ema.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
     sizes = ("24x80", "64x64", "96x48")
-    launch("sample.py", "--checkpoint", tmp_path / "parts", "--prompts", "thing 1", "thing 2", "--steps", 2,
-           "--size", *sizes, "--out", tmp_path / "grid.png", "--device", "cpu")  # fmt: skip
+    sample.main(["--checkpoint", str(tmp_path / "parts"), "--prompts", "thing 1", "thing 2", "--steps", "2", "--size",
+                 *sizes, "--out", str(tmp_path / "grid.png"), "--device", "cpu"])  # fmt: skip
     for size in sizes:
         h, w = map(int, size.split("x"))
         scale = max(1, 64 // h)
@@ -518,8 +518,8 @@ print(*x.shape[1:], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 """
 
 
-def test_4096_pixels_fit_in_a_gigabyte_and_a_half(place):
-    """16,384 tokens, decoded in tiles. One full-size map of the decoder's 8 channels would be half a GiB by itself."""
+def test_4096_pixels_fit_in_a_gigabyte(place):
+    """16,384 tokens, decoded in tiles; in one piece the decoder alone would take more."""
     model, config = save_network(place, channels=4, patch=1, classes=1, heads=1, width=16)
     spec = dict(kind="latents", autoencoder=str(place / "dc32"), scale=0.4, shift=0.0, shape=[4, 8, 8], classes=["a"])
     sample.save(place / "large.safetensors", model.state_dict(), config | dict(data=spec))
@@ -528,7 +528,7 @@ def test_4096_pixels_fit_in_a_gigabyte_and_a_half(place):
     assert not run.returncode, run.stderr
     *shape, megabytes = map(float, run.stdout.split())
     print(f"4096 x 4096: {megabytes:.0f} MiB more than before")
-    assert shape == [4096, 4096, 3] and megabytes < 1536
+    assert shape == [4096, 4096, 3] and megabytes < 1000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
