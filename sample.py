@@ -228,7 +228,8 @@ def latents(model, row, config, index, seed: int, steps, classes: list[int], tex
         y, options["null"] = texts(y), texts(torch.full_like(y, texts.null))
     noise = lambda k: initial_noise(shape, seed, index, device, k)
     local = config["train"].get("share_diffusion") == 1
-    options.setdefault("shift", resolution_shift(z[0, 0].numel() // model.patch**2, config["train"].get("shift", 0)))
+    if base := config["train"].get("shift"):
+        options.setdefault("shift", resolution_shift(z[0, 0].numel() // model.patch**2, base))
     return generate(model, row, z, y, steps, noise=noise, local=local, **options)
 
 
