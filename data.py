@@ -532,11 +532,13 @@ class LatentFiles:
 
 
 class RandomLatents:
-    """Noise in the shape of latents, to drive a preset without data: `--data random`."""
+    """Noise in the shape of latents, to drive a preset without data: `--data random`. Without classes, captioned."""
 
     def __init__(self, shape, classes, n=1_281_167):
         self.spec = dict(kind="random", shape=list(shape), classes=[str(i) for i in range(classes)])
-        self.labels = np.arange(n) % classes
+        self.labels = np.arange(n) % (classes or 2 * TABLE)
+        if not classes:
+            self.captions = Captions([[f"picture {i}, " + "noise " * (i % 64)] for i in range(2 * TABLE)])
 
     def read(self, index, rng):
         return rng.standard_normal((len(index), *self.spec["shape"]), np.float32)
@@ -611,8 +613,8 @@ def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", fe
     elif path == "emoji":
         data = emoji()
     elif path == "random":
-        if not (shape and all(shape) and classes):
-            raise UserError(f"--data random with shape {shape}, {classes} classes: give --channels, --side, --classes")
+        if not (shape and all(shape)):
+            raise UserError(f"--data random with shape {shape}: give --channels, --side, and --classes if not captions")
         data = RandomLatents(shape, classes)
     elif not folder.is_dir():
         raise UserError(f"--data {path}: no such folder; give a folder, 'demo', 'emoji' or 'random'")

@@ -153,12 +153,12 @@ PRESETS = {
         patch=7, steps=1500, batch=64, time_mean=0.0, time_std=1.6, cosine=False, guide_gt=2.0, ema=0.998, decay=0.2,
         log_every=20,
     ),
-    # images = steps x batch, epochs = images / 1,281,167; for bytes per rank see --dry_run
-    # 1,561 pictures with names
+    # 1,561 pictures with their names, 57 epochs
     "emoji": Config(
         data="emoji", size="emoji", patch=8, steps=2800, batch=32, lr=1.5e-3, time_mean=0.0, time_std=1.6, cosine=False,
         guide_gt=2.0, ema=0.998, decay=0.2, log_every=20,
     ),
+    # images = steps x batch, epochs = images / 1,281,167; for bytes per rank see --dry_run
     "imagenet_b": replace(IMAGENET, size="B", patch=4, steps=100_000, batch=1024, lr=4e-4),
     "imagenet_xl": IMAGENET,
     "imagenet_xl_512": replace(IMAGENET, **LATENT_512),
@@ -166,7 +166,7 @@ PRESETS = {
     "imagenet_xl_512_guided": replace(IMAGENET, **(LATENT_512 | GUIDED)),
     "t2i_xl": replace(
         IMAGENET, **LATENT_512 | dict(data="latents/t2i", classes=0, guidance=2.5), text_encoder=data.GEMMA,
-        caption=1152, time_mean=0.0, time_std=1.6, steps=500_000, batch=2048, lr=4e-4,
+        caption=1152, time_mean=0.0, time_std=1.6, steps=500_000, batch=2048, accumulate=2, lr=4e-4,
     ),
 }  # fmt: skip
 FREE = set(  # what a resumed run may change
@@ -665,7 +665,8 @@ def dry_run(cfg: Config, world: int) -> None:
         activations = activations // depth + depth * inputs
     shards, images = world // cfg.replicate, cfg.steps * cfg.batch
     print(f"{cfg.name}: {cfg.size}/{cfg.patch}, {n:,} parameters in {len(list(model.parameters()))} tensors")
-    print(f"{cfg.steps:,} updates x {cfg.batch} = {images:,} images = {images / 1_281_167:.1f} epochs of ImageNet")
+    epochs = f" = {images / 1_281_167:.1f} epochs of ImageNet" if cfg.classes else ""
+    print(f"{cfg.steps:,} updates x {cfg.batch} = {images:,} images{epochs}")
     print(f"{world} ranks, {len(model.blocks)} block units in {shards} shards, {share} images a rank and micro-batch")
     parts = dict(weights=4 * n / shards, gradients=4 * n / shards, optimizer=8 * n / shards, average=4 * n / shards)
     parts |= {"gathered blocks": 2 * unit * (4 if cfg.precision == "fp32" else 2), "activations": activations}

@@ -331,6 +331,11 @@ def test_prompts_are_refused_by_a_network_of_classes(golden_model, tmp_path, cap
     assert "use fid" in fails(evaluate.main, ["captions", *argv[:4]], capsys)
 
 
+def test_noise_with_captions_drives_a_preset(tmp_path):
+    path = run(tmp_path, *"--data random --channels 4 --side 4 --patch 2 --steps 5 --guide_gt 2".split())
+    assert losses(path)[5] > 0 and (path / "samples/step_00000005.png").is_file()
+
+
 def test_the_full_preset_is_the_released_network(capsys):
     train.main(["--config", "t2i_xl", "--dry_run", "--world_size", "16"])
     said = capsys.readouterr().out
