@@ -113,7 +113,7 @@ def writer(place):
 # Buckets
 
 
-@pytest.mark.parametrize("side, step", [(256, 16), (512, 32), (1024, 32), (4096, 32), (64, 4), (32, 8)])
+@pytest.mark.parametrize("side, step", [(256, 16), (512, 32), (1024, 32), (4096, 32), (64, 4), (32, 8), (24, 8)])
 def test_buckets_have_one_area_and_all_ratios(side, step):
     table = data.bucket_sizes(side, step)
     area = np.array([h * w for h, w in table])
