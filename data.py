@@ -237,6 +237,9 @@ def captioned(images: Path, files: list) -> tuple[list, list | None]:
     files = [f for f in files if f[0] in records]
     if not files:
         raise UserError(f"{source} names none of the pictures under {images}; image_file is relative to that folder")
+    if len(files) < len(records) and os.environ.get("RANK", "0") == "0":
+        absent = sorted(records.keys() - {f[0] for f in files})
+        print(f"{source}: {len(absent)} lines name no picture: {', '.join(absent[:20])}", file=sys.stderr)
     return files, [records[f[0]] for f in files]
 
 

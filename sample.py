@@ -351,6 +351,8 @@ def read_prompts(a, path, config) -> list[str]:
         "".join(prompts).encode()
     except (OSError, UnicodeError) as error:
         raise UserError(f"--prompts, --prompts_file {a.prompts_file}: no text in UTF-8 to be had ({error})") from error
+    if a.num is None and len(prompts) > 100:
+        raise UserError(f"--prompts: {len(prompts)} are too many for a grid; give --num {len(prompts)} --out FOLDER")
     if not prompts:
         raise UserError(f'{path} draws from text; say what: --prompts "a red apple" or --prompts_file FILE')
     return prompts

@@ -448,7 +448,7 @@ def resume(run: Path, model, ema, optimizer, record: dict) -> int:
     if not found:
         return 0
     old = json.loads((found[-1] / "config.json").read_text())
-    old["train"] = asdict(Config()) | old["train"]                              # fields that came since then
+    old["train"] = asdict(Config()) | old["train"]                              # settings younger than the run
     for part, free in (("train", FREE), ("model", set()), ("data", {"mean", "std"})):
         for name in sorted(old[part].keys() | record[part].keys()):
             was, now = old[part].get(name), record[part].get(name)

@@ -135,6 +135,11 @@ def test_twenty_faults_are_listed_and_all_are_counted(tmp_path, capsys):
     (tmp_path / "captions.jsonl").write_text("{\n" * 30 + good)
     assert data.read_captions(tmp_path / "captions.jsonl")["a.png"]["captions"] == ["one alone"]
     said = capsys.readouterr().err
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match="names none of the pictures"):
+        data.open_data(str(tmp_path))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert len(data.open_data(str(tmp_path)).labels) == 1
     assert "30 broken lines" in said and "line 20:" in said and "line 21:" not in said
     (tmp_path / "captions.jsonl").write_text("{\n")
     with pytest.raises(UserError, match="no line is .*image_file.*line 1"):
@@ -251,8 +256,12 @@ def test_training_resumes_exactly(folder, tmp_path, monkeypatch, table):
     monkeypatch.setattr(data, "TABLE", table)
     how = ["--data", folder, "--side", 16, "--guide_gt", 1.5, "--log_every", 1, "--ema", 0.5]
     whole = run(tmp_path / "whole", *how, "--steps", 6)
-    for steps in (3, 6):
-        parts = run(tmp_path / "parts", *how, "--steps", steps)
+    parts = run(tmp_path / "parts", *how, "--steps", 3)
+    file = parts / "checkpoints/step_00000003/config.json"
+    record = json.loads(file.read_text())
+    del record["train"]["caption"]                                              # as of a run from before this setting
+    file.write_text(json.dumps(record))
+    run(tmp_path / "parts", *how, "--steps", 6)
     assert same(weights(whole), weights(parts)) and losses(whole) == losses(parts)
     monkeypatch.setattr(data, "TABLE", 4096)
     assert losses(run(tmp_path / "table", *how, "--steps", 6)) == pytest.approx(losses(whole), rel=1e-5)
@@ -299,6 +308,8 @@ def test_gemma_from_pictures_to_pictures(folder, gemma, tmp_path, capsys):
     assert all((tmp_path / "many/steps_2" / line["file"]).is_file() for line in said)
     assert "was trained on text" in fails(sample.main, [*argv, out, "--classes", 1], capsys)
     assert "features are 128 wide" in fails(sample.main, [*argv, out, "--text_encoder", "bytes"], capsys)
+    (tmp_path / "long.txt").write_text("a\n" * 101)
+    assert "give --num 101" in fails(sample.main, [*argv, out, "--prompts_file", tmp_path / "long.txt"], capsys)
     assert "no text in UTF-8" in fails(sample.main, [*argv, out, "--prompts_file", tmp_path / "none"], capsys)
     assert "no such folder" in fails(sample.main, [*argv, out, "--text_encoder", tmp_path / "none"], capsys)
     (tmp_path / "set/captions.jsonl").write_text('{"image_file": "0.png", "captions": "a"}\n')
