@@ -706,6 +706,13 @@ def bucket_positions(
     return index + sum(counts[:bucket])
 
 
+def same_shape(data) -> np.ndarray:
+    """Numbers of pictures that can be read together: all of them, or those of the largest bucket."""
+    counts = list(getattr(data, "counts", [len(data.labels)]))
+    largest = int(np.argmax(counts))
+    return sum(counts[:largest]) + np.arange(counts[largest])
+
+
 def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 0, ahead: int = 4, mix: int = 1):
     """Endless (x (batch, C, H, W) float32, y (batch,) int64[, features]), one per slot and step, from `step` on.
 

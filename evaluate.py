@@ -494,13 +494,14 @@ def consistency(a):
     if a.num < 1:
         raise UserError(f"--num {a.num}: at least 1 picture a row")
     source = data.open_data(a.data or config["train"]["data"], spec["shape"], len(spec["classes"]))
+    together = data.same_shape(source)
 
     def bins():
         for low, high in zip(LENGTHS[:-1], LENGTHS[1:]):
             parts = []
             for start in range(0, a.num, a.batch):
                 n, rng = min(a.batch, a.num - start), np.random.default_rng((a.seed, start))
-                index = rng.integers(len(source.labels), size=n)
+                index = together[rng.integers(len(together), size=n)]
                 x, y = torch.from_numpy(source.read(index, rng)), torch.from_numpy(source.labels[index])
                 eps = sample.initial_noise(x.shape[1:], a.seed, range(start, start + n))
                 length = span * (low + (high - low) * rng.random(n))
@@ -515,8 +516,8 @@ def consistency(a):
     title = f"{a.num} pictures a row, length t - r as share of the range; medians, of the last column the mean\n"
     title += "jump: t -> r against t -> s -> r; own: f against its target on its own path; target: on the data's"
     got = table(title, bins())
-    n = min(a.num, a.batch)
-    x, y = source.read(np.arange(n), np.random.default_rng(a.seed)), source.labels[:n]
+    n = min(a.num, a.batch, len(together))
+    x, y = source.read(together[:n], np.random.default_rng(a.seed)), source.labels[together[:n]]
     x, y = torch.from_numpy(x).to(a.device), torch.from_numpy(y).to(a.device)
     times = (row.t_min + span * torch.rand(2, n, generator=data.rng(a.seed), dtype=torch.float64)).float().to(a.device)
     eps = sample.initial_noise(x.shape[1:], a.seed, range(n), a.device)
@@ -628,7 +629,8 @@ def captions(a):
         parts["held out"] = data.emoji(held_out=True)
     pictures, names, groups, spans = [], [], [], {}
     for part, source in parts.items():
-        index = np.linspace(0, len(source.labels) - 1, min(len(source.labels), 5000)).astype(int)
+        index = data.same_shape(source)
+        index = index[np.linspace(0, len(index) - 1, min(len(index), 5000)).astype(int)]
         some_each = filter(len, np.array_split(index, 50))
         pictures += [decode(torch.from_numpy(source.read(some, chance))) for some in some_each]
         spans[part] = range(len(names), len(names) + len(index))
