@@ -1,6 +1,7 @@
 """Pictures to latents to batches, and network space back to pictures.
 
     torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out latents    # again = go on where it stopped
+    python data.py encode --native --images pictures --out latents     # buckets that keep the pictures' aspect ratios
     python data.py inspect latents                                  # counts, statistics, checksums, a contact sheet
 
 A data set has `spec`, what a checkpoint must remember of it, `labels` (n,) int64 and `read(index, rng)`, which gives
@@ -15,6 +16,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -31,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
@@ -43,6 +45,9 @@ AUTOENCODERS = {  # name: place on the model hub, latent channels, scale of netw
     "sd-vae": ("stabilityai/sd-vae-ft-ema", 4, 0.18215),
     "dc-ae": ("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", 32, 0.41407),
 }
+FACTORS = {"sd-vae": 8, "dc-ae": 32}  # pixels per latent place and side
+TILED = 1024**2  # pixels of a picture beyond which it is decoded in tiles
+SLACK = 0.045  # areas of buckets lie this near to the base area, so tokens of two batches differ by less than 10%
 GEMMA = "google/gemma-3-1b-it"  # the text encoder of the released weights
 BYTES = dict(encoder="bytes", length=64, width=128)  # the one that needs no download, see `hash_words`
 TABLE = 4096  # captions up to here are encoded once and kept on the device, more of them batch by batch
@@ -119,35 +124,78 @@ def label_pictures(root, names: list[str]) -> tuple[list[str], np.ndarray]:
     return classes, np.array([number[name] for name in of])
 
 
-def open_picture(entry) -> Image.Image:
-    """The picture as RGB. raises ValueError for a broken one, and UserError for a disk that fails: a set must not
-    shrink because a mount went away."""
-    name, file, offset, size = entry
+def read_bytes(entry, most: int = -1) -> bytes:
+    """A picture's file, or its first `most` bytes. A disk that fails is a UserError: a set must not shrink because a
+    mount went away."""
+    _, file, offset, size = entry
     try:
         with open(file, "rb") as stream:
             stream.seek(offset)
-            raw = stream.read(size)
+            return stream.read(size if most < 0 or 0 <= size < most else most)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error}); see to the disk, then run again") from error
+
+
+def open_picture(entry, upright: bool = False) -> Image.Image:
+    """The picture (an animation's first frame) as RGB; upright: turned as its EXIF says. raises ValueError if broken.
+
+    Square sets leave EXIF alone, as ADM does, whose statistics and latents others compare with.
+    """
+    raw = read_bytes(entry)
     try:
         with Image.open(io.BytesIO(raw)) as picture:
+            picture = ImageOps.exif_transpose(picture) if upright else picture
+            if picture.mode == "F":
+                raise ValueError("floating-point pictures have no known white")
+            if picture.mode.startswith("I"):            # 16 bits of grey, which `convert` would clip to white
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             return picture.convert("RGB")
     except Exception as error:                          # decoders raise anything from SyntaxError to OverflowError
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def crop(picture: Image.Image, side: int) -> np.ndarray:
-    """uint8 (3, side, side): halved while that is possible, scaled to `side` on the shorter edge, the centre cut out.
+def upright_size(entry) -> list[int] | str:
+    """[height, width] as EXIF turns it, from the header alone, or the reason why there is none."""
+    for most in (2**16, -1):                            # some formats keep their header at the end
+        try:
+            with Image.open(io.BytesIO(read_bytes(entry, most))) as picture:
+                turned = picture.format != "TIFF" and Image.Image.getexif(picture).get(0x0112, 1) > 4
+                return [*picture.size] if turned else [picture.height, picture.width]
+        except UserError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+    return reason
+
+
+def crop(picture: Image.Image, height: int, width: int = 0) -> np.ndarray:
+    """uint8 (3, height, width), or a square: halved while that is possible, scaled to cover it, the centre cut out.
 
     As in ADM (Dhariwal and Nichol 2021), whose statistics and latents others compare with.
     """
-    while min(picture.size) >= 2 * side:
+    width = width or height
+    while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.BOX)
-    scale = side / min(picture.size)
+    scale = max(width / picture.width, height / picture.height)
     w, h = (round(s * scale) for s in picture.size)
     picture = picture.resize((w, h), Image.BICUBIC)
-    left, top = (w - side) // 2, (h - side) // 2
-    return np.asarray(picture.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
+    left, top = (w - width) // 2, (h - height) // 2
+    return np.asarray(picture.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
+
+
+def bucket_sizes(side: int, step: int, limit: float = 4.0) -> list[tuple[int, int]]:
+    """At most 33 sizes (height, width), from wide to tall: multiples of `step`, areas within SLACK of side^2, ratios
+    to 1:limit. A picture goes to the nearest ratio and loses at most `crop_bound` of its area."""
+    n = side // step
+    short = {round(v) for v in np.geomspace(n / limit**0.5, n, 17)} - {0}
+    pairs = {(h, round(n * n / h)) for h in short}
+    fits = [(h, w) for h, w in pairs if w <= limit * h and abs(h * w / n**2 - 1) <= SLACK]
+    return sorted({(step * a, step * b) for h, w in fits for a, b in ((h, w), (w, h))}, key=lambda s: s[0] / s[1])
+
+
+def crop_bound(buckets) -> float:
+    """The largest share of a picture that rounding its ratio to the nearest of `buckets` cuts away."""
+    return 1 - math.exp(-np.diff(np.log([h / w for h, w in buckets])).max(initial=0) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,8 +266,9 @@ class Texts:
     Of up to TABLE captions the features are worked out once, here; of more, `fetch` does so for each coming batch.
     """
 
-    def __init__(self, captions: Captions, encode, device):
+    def __init__(self, captions: Captions, encode, device, multiple: int = 1):
         self.captions, self.encode, self.device, self.null = captions, encode, device, captions.null
+        self.multiple = multiple                                                # of L: compiled code wants few lengths
         self.whole = captions.null <= TABLE
         if self.whole:
             self.gather(range(captions.null + 1))
@@ -233,7 +282,9 @@ class Texts:
         slot, texts = {}, [self.captions[i] for i in numbers]
         rows = [slot.setdefault(text, len(slot)) for text in texts]             # equal captions share a row
         self.numbers, self.rows = (torch.tensor(list(v), device=self.device) for v in (numbers, rows))
-        self.features, self.mask = (v.to(self.device) for v in self.encode(list(slot)))
+        features, mask = (v.to(self.device) for v in self.encode(list(slot)))
+        more = -mask.shape[1] % self.multiple
+        self.features, self.mask = F.pad(features, (0, 0, 0, more)), F.pad(mask, (0, more))
 
     def __call__(self, y):
         row = self.rows[torch.searchsorted(self.numbers, y)]
@@ -408,11 +459,18 @@ class Latents:
 
     def __init__(self, folder, features=False):
         meta = json.loads((folder / "meta.json").read_text())
-        self.spec = {k: meta[k] for k in ("kind", "autoencoder", "scale", "shift", "shape", "classes")}
-        files = [folder / shard["file"] for shard in meta["shards"]]
-        self.latents, self.moments, self.features = Rows(files, "latents"), meta["moments"], None
+        known = ("kind", "autoencoder", "scale", "shift", "shape", "classes", "factor")
+        self.spec = {k: meta[k] for k in known if k in meta}
+        files, of = [folder / shard["file"] for shard in meta["shards"]], {}
+        for file, shard in zip(files, meta["shards"]):                          # a set of squares is one bucket
+            of.setdefault(tuple(shard.get("bucket", ())), []).append(file)
+        self.buckets, self.moments, self.features = [Rows(f, "latents") for f in of.values()], meta["moments"], None
+        counts = [int(rows.ends[-1]) for rows in self.buckets]
+        self.ends = np.cumsum(counts)
+        if "buckets" in meta:
+            self.counts, self.spec["buckets"] = counts, [list(rows.shape[-2:]) for rows in self.buckets]
         self.labels = np.concatenate([safe_open(f, "numpy").get_tensor("labels") for f in files])
-        if not len(self.labels) == self.latents.ends[-1] == meta["count"]:
+        if not len(self.labels) == self.ends[-1] == meta["count"]:
             raise UserError(f"{folder}: {len(self.labels)} labels, meta.json counts {meta['count']}; encode it again")
         if self.spec["classes"] and self.labels.max() >= len(self.spec["classes"]):
             raise UserError(f"{folder}: label {self.labels.max()} beyond the {len(self.spec['classes'])} classes")
@@ -424,14 +482,17 @@ class Latents:
             self.captions = Captions([record["captions"] for record in records.values()])
         if features and "features" in meta:
             self.features = Rows([folder / shard["file"] for shard in meta["features"]["shards"]], "features")
-            if (self.features.ends != self.latents.ends).any():
+            if (self.features.ends != self.buckets[0].ends).any():
                 raise UserError(f"{folder}: features of other pictures; delete features_* and encode again")
 
     def read(self, index, rng):
+        """Rows of one bucket."""
+        bucket = int(np.searchsorted(self.ends, index[0], side="right"))
+        rows, place = self.buckets[bucket], index - (self.ends[bucket - 1] if bucket else 0)
         half = rng.integers(2, size=len(index))
-        x = np.empty((len(index), *self.spec["shape"]), np.float32)
+        x = np.empty((len(index), self.spec["shape"][0], *rows.shape[-2:]), np.float32)
         for part in (slice(k, k + 16) for k in range(0, len(x), 16)):           # small arrays stay in the cache
-            z = self.latents.read(index[part], half[part]).astype(np.float32)   # (16, C or 2 C, h, w)
+            z = rows.read(place[part], half[part]).astype(np.float32)           # (16, C or 2 C, h, w)
             if self.moments:                            # normals of 16 bits, as fine as what is stored, and quick
                 z, std = np.split(z, 2, axis=1)
                 bits = rng.integers(2**64, size=-(-z.size // 4), dtype=np.uint64).view(np.uint16)
@@ -599,29 +660,75 @@ def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", fe
 # The stream
 
 
-@lru_cache(maxsize=2)
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(n)
+@lru_cache(maxsize=64)
+def orders(*bucket: int):
+    """Shuffles n pictures by a key, and remembers the last two orders of the whole set, or of each bucket."""
+    return lru_cache(maxsize=2)(lambda n, *key: np.random.default_rng(key).permutation(n))
 
 
 def positions(n: int, batch: int, seed: int, step: int, slot: int, slots: int) -> np.ndarray:
     """Which pictures slot `slot` of `slots` sees at `step`: every picture once an epoch, a new order each epoch."""
     place = (step * slots + slot) * batch + np.arange(batch)
-    return np.array([epoch_order(n, seed, e)[i] for e, i in zip(place // n, place % n)])
+    return np.array([orders()(n, seed, e)[i] for e, i in zip(place // n, place % n)])
 
 
-def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 0, ahead: int = 4):
+@lru_cache(maxsize=4)
+def unit_order(counts: tuple[int, ...], unit: int, seed: int, epoch: int) -> list[tuple[int, int]]:
+    """The units of an epoch, shuffled, as (bucket, number of the unit within its bucket since the beginning).
+
+    By the end of epoch e (from 1) a bucket of c pictures has given all its whole units of e c pictures; what is left
+    of it, less than a unit, waits for the next epoch.
+    """
+    spans = [range(c * epoch // unit, c * (epoch + 1) // unit) for c in counts]
+    units = [(bucket, k) for bucket, span in enumerate(spans) for k in span]
+    return [units[i] for i in np.random.default_rng((seed, epoch)).permutation(len(units))]
+
+
+def bucket_positions(
+    counts: tuple[int, ...], batch: int, seed: int, step: int, slot: int, slots: int, mix: int = 1
+) -> np.ndarray:
+    """`positions` of a set of buckets, which lie one after the other: all of a slot's pictures are of one bucket.
+
+    A step is `mix` units of one bucket each, and a unit is shared by slots / mix slots, so a step has the same pictures
+    on any number of slots. Each bucket walks through all its pictures in a new order each time; over the epochs the
+    buckets advance in step, so after e epochs no picture has been seen more than e times, and none less than e - 1
+    times, if its bucket has a unit of pictures.
+    """
+    share = slots // mix
+    unit, (part, within) = batch * share, divmod(slot, share)
+    number = step * mix + part
+    epoch = number * unit // sum(counts)                                        # or one of the next
+    while (done := sum(c * (epoch + 1) // unit for c in counts)) <= number:
+        epoch += 1
+    order = unit_order(counts, unit, seed, epoch)
+    bucket, k = order[number - done + len(order)]
+    n, place = counts[bucket], k * unit + within * batch + np.arange(batch)
+    index = np.array([orders(bucket)(n, seed, e, bucket)[i] for e, i in zip(place // n, place % n)])
+    return index + sum(counts[:bucket])
+
+
+def same_shape(data) -> np.ndarray:
+    """Numbers of pictures that can be read together: all of them, or those of the largest bucket."""
+    counts = list(getattr(data, "counts", [len(data.labels)]))
+    largest = int(np.argmax(counts))
+    return sum(counts[:largest]) + np.arange(counts[largest])
+
+
+def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 0, ahead: int = 4, mix: int = 1):
     """Endless (x (batch, C, H, W) float32, y (batch,) int64[, features]), one per slot and step, from `step` on.
 
     y is the class, or the number of one of the picture's captions.
 
-    A slot is one process's micro-batch in one step; `of` is how many there are over all processes. Reads ahead in
-    threads; the stream is the same for any number of them, and any step can be gone to at no cost.
+    A slot is one process's micro-batch in one step; `of` is how many there are over all processes, `mix` how many
+    buckets a step has where the set has buckets. Reads ahead in threads; the stream is the same for any number of
+    them, and any step can be gone to at no cost.
     """
+    counts = tuple(getattr(data, "counts", ()))
 
     def make(k):
         s, slot = step + k // len(slots), slots[k % len(slots)]
-        index = positions(len(data.labels), batch, seed, s, slot, of)
+        place = batch, seed, s, slot, of
+        index = bucket_positions(counts, *place, mix) if counts else positions(len(data.labels), *place)
         chance = np.random.default_rng((seed, s, slot))
         x, y = data.read(index, chance), data.labels[index]
         y = data.captions.draw(y, chance) if hasattr(data, "captions") else y
@@ -656,7 +763,7 @@ def grid(rows: np.ndarray, gap: int = 2, scale: int = 1, names: list[str] = ()) 
     r, c, h, w, k = rows.shape
     sheet = np.full((r, h + gap, c, w + gap, k), 255, np.uint8)
     sheet[:, :h, :, :w] = rows.transpose(0, 2, 1, 3, 4)
-    sheet = sheet.reshape(r * (h + gap), c * (w + gap), k)[:-gap, :-gap]
+    sheet = sheet.reshape(r * (h + gap), c * (w + gap), k)[: r * (h + gap) - gap, : c * (w + gap) - gap]
     sheet = to_image(sheet.repeat(scale, 0).repeat(scale, 1))
     if not names:
         return sheet
@@ -693,13 +800,47 @@ def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
     return vae, dict(autoencoder=name if name in AUTOENCODERS else place, scale=scale, shift=shift)
 
 
+def pixels_per_place(vae) -> int:
+    """Of an autoencoder, per side."""
+    return getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config["block_out_channels"]) - 1)
+
+
+@torch.no_grad()
+def decode_tiles(decode, z: Tensor, factor: int, tile: int = 512, overlap: int = 128) -> Tensor:
+    """Latents (1, C, h, w) to (1, 3, H, W) by overlapping tiles that fade linearly into each other.
+
+    tile, overlap  in pixels. Memory is that of one tile and of the result. All tiles have one size, the last ends at
+                   the border: diffusers' own tiling may end in a sliver, and differs between its autoencoders.
+    """
+    t, o = tile // factor, overlap // factor
+    sides, spans = [min(n, t) for n in z.shape[2:]], []
+    for n, side in zip(z.shape[2:], sides):
+        spans.append(sorted({*range(0, n - side, side - o), n - side}))
+    fades = [(torch.arange(side * factor, device=z.device) + 0.5) / overlap for side in sides]
+    fades = [torch.minimum(fade, fade.flip(0)).clamp(max=1) for fade in fades]
+    out = torch.zeros(1, 3, *(n * factor for n in z.shape[2:]), device=z.device)
+    sums = [torch.zeros(n, device=z.device) for n in out.shape[2:]]
+    for starts, total, fade in zip(spans, sums, fades):
+        for start in starts:
+            total[start * factor :][: len(fade)] += fade
+    for i in spans[0]:
+        for j in spans[1]:
+            part = decode(z[:, :, i : i + sides[0], j : j + sides[1]])
+            part *= fades[0][:, None] * fades[1]
+            out[:, :, i * factor :, j * factor :][:, :, : part.shape[2], : part.shape[3]] += part
+    return out.div_(sums[0][:, None]).div_(sums[1])
+
+
 def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: int = 16):
     """A function from network space (B, C, h, w) to uint8 pictures (B, H, W, C), whatever kind of data the spec names.
 
-    Latents are decoded in fp32, `at_once` at a time; `autoencoder` is a place to load from instead of the spec's.
+    Latents are decoded in fp32, `at_once` at a time of up to 512 x 512 pixels, fewer of larger ones, and those beyond
+    TILED pixels in tiles; `autoencoder` is a place to load from instead of the spec's. `.factor`: pixels per place.
     """
     if spec["kind"] != "latents":
-        return lambda z: to_pixels(spec, z)
+        decode = partial(to_pixels, spec)
+        decode.factor = 1
+        return decode
     if not (autoencoder or spec["autoencoder"]):
         raise UserError(f"{spec['shape'][0]} channels: no autoencoder is known; give --autoencoder, or --save_latents")
     vae, _ = load_autoencoder(autoencoder or spec["autoencoder"], device)
@@ -708,11 +849,17 @@ def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: i
                         f"{spec['shape'][0]}; they were made with {spec['autoencoder']}")  # fmt: skip
     as_pixels = dict(kind="pixels", mean=127.5, std=127.5)
 
+    plain, factor = lambda z: vae.decode(z).sample, pixels_per_place(vae)
+
     @torch.no_grad()
     def decode(z):
         z = z.to(device, torch.float32) / spec["scale"] + spec["shift"]
-        return np.concatenate([to_pixels(as_pixels, vae.decode(part).sample) for part in z.split(at_once)])
+        area = z.shape[2] * z.shape[3] * factor**2
+        how = partial(decode_tiles, plain, factor=factor) if area > TILED else plain
+        parts = z.split(1 if area > TILED else max(1, min(at_once, at_once * 512**2 // area)))
+        return np.concatenate([to_pixels(as_pixels, how(part)) for part in parts])
 
+    decode.factor = factor
     return decode
 
 
@@ -788,7 +935,8 @@ def finish(out: Path) -> dict | None:
     """Write meta.json from the shards' own records, if all are there; whoever comes last does so with effect."""
     meta = json.loads((out / "plan.json").read_text())
     for kind in ("latents", "features"):
-        files = [out / f"{kind}_{k:05}.safetensors" for k in range(-(-meta["pictures"] // meta["shard"]))]
+        counts = [count for _, _, count in meta.get("buckets", [(0, 0, meta["pictures"])])]
+        files = [out / f"{kind}_{k:05}.safetensors" for k in range(sum(-(-c // meta["shard"]) for c in counts))]
         if not all(f.is_file() for f in files):
             continue
         records = [dict(file=f.name) | json.loads(safe_open(f, "numpy").metadata()["tim"]) for f in files]
@@ -802,45 +950,88 @@ def finish(out: Path) -> dict | None:
     return meta
 
 
-def read_ahead(files, side: int, workers: int, ahead: int):
-    """For each file the picture, or the reason why there is none, and the CPU seconds of decoding and of resizing."""
+def read_ahead(wanted, upright: bool, workers: int, ahead: int):
+    """For each (file, size) the picture, or why there is none, and the CPU seconds of decoding and of resizing."""
 
-    def look(file):
+    def look(file, size):
         began = time.thread_time()
         try:
-            picture = open_picture(file)
+            picture = open_picture(file, upright)
             opened = time.thread_time()
-            return crop(picture, side), opened - began, time.thread_time() - opened
+            return crop(picture, *size), opened - began, time.thread_time() - opened
         except ValueError as error:
             return str(error), time.thread_time() - began, 0.0
 
     with ThreadPoolExecutor(workers) as pool:
         queue = deque()
-        for file in files:
-            queue.append(pool.submit(look, file))
+        for file, size in wanted:
+            queue.append(pool.submit(look, file, size))
             if len(queue) > ahead:
                 yield queue.popleft().result()
         yield from (future.result() for future in queue)
 
 
-def plan_set(a, out, files, labels, classes, device, dtype) -> dict:
-    """Write what the set is made of, or hold it against what its folder says. Returns the makers of its tensors."""
+def plan_buckets(a, out, files, captions, step: int, listing: str) -> tuple[dict, list]:
+    """Which pictures go to which bucket, {(height, width): indices}, and [name, reason] of those that go to none.
+
+    Sizes come from the pictures' headers, read once and kept in --out. A caption's own "bucket" ("...-HxW") rules over
+    the nearest ratio.
+    """
+    file, table = out / f"sizes_{listing[:16]}.json", bucket_sizes(a.size, step)
+    if not file.is_file():
+        with ThreadPoolExecutor(a.workers) as pool:
+            seen = tqdm(pool.map(upright_size, files), "sizes", len(files), disable=None)
+            write_text(file, json.dumps(list(seen)))
+    ratios, bound = np.log([h / w for h, w in table]), crop_bound(table)
+    groups, skipped, small = {}, [], 0
+    for i, size in enumerate(json.loads(file.read_text())):
+        reason, named = size if isinstance(size, str) else "", None
+        if not reason:
+            off = np.abs(ratios - math.log(size[0] / size[1]))
+            bucket, cut = table[off.argmin()], 1 - math.exp(-off.min())
+            named = re.search(r"(\d+)x(\d+)$", str(captions[i].get("bucket", ""))) if captions else None
+        if named:
+            bucket = int(named[1]), int(named[2])
+            if bucket[0] % step or bucket[1] % step or not abs(bucket[0] * bucket[1] / a.size**2 - 1) <= SLACK:
+                reason = f"its bucket {named[0]} is no multiple of {step} with an area within {SLACK:.1%} of {a.size}^2"
+        elif not reason and cut > bound + 1e-6:
+            reason = f"{size[0]}x{size[1]} is beyond all ratios: {cut:.0%} would be cut away, at most {bound:.0%} is"
+        if not reason and (size[0] < bucket[0] or size[1] < bucket[1]):
+            small += 1
+            if a.skip_small:
+                reason = f"{size[0]}x{size[1]} is smaller than its bucket, {bucket[0]}x{bucket[1]}"
+        skipped.append([files[i][0], reason]) if reason else groups.setdefault(bucket, []).append(i)
+    if not groups:
+        raise UserError(f"--images {a.images}: no picture goes to a bucket; the first: {': '.join(skipped[0])}")
+    if small and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{small:,} pictures are smaller than their bucket: {'skipped' if a.skip_small else 'scaled up'}")
+    return dict(sorted(groups.items(), key=lambda item: item[0][0] / item[0][1])), skipped
+
+
+def plan_set(a, out, files, labels, captions, classes, device, dtype) -> tuple[dict, list]:
+    """Write what the set is made of, or hold it against what its folder says. Returns the makers of its tensors, and
+    of each shard the pictures' size (height, width) and their indices."""
     vae, network = load_autoencoder(a.autoencoder, device, dtype)
-    factor = getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config["block_out_channels"]) - 1)
-    if a.size % factor:
-        raise UserError(f"--size {a.size}: must be a multiple of {factor}, this autoencoder's pixels per place")
+    factor = pixels_per_place(vae)
+    step = factor * a.patch
+    if a.size % step:
+        raise UserError(f"--size {a.size}: must be a multiple of {step}, this autoencoder's pixels per place x --patch")
     makers = {"latents": partial(encode_pictures, vae, a.means)}
     probe = makers["latents"](torch.zeros(1, 3, a.size, a.size, device=device))
     shape, precision = [vae.config["latent_channels"], *probe.shape[3:]], str(dtype).removeprefix("torch.")
     listing = hashlib.sha256("\n".join(f"{f[0]} {k}" for f, k in zip(files, labels)).encode()).hexdigest()
+    groups, more = {(a.size, a.size): range(len(files))}, {}
+    if a.native:
+        groups, skipped = plan_buckets(a, out, files, captions, step, listing)
+        more = dict(buckets=[[h, w, len(v)] for (h, w), v in groups.items()], factor=factor, skipped=skipped)
     claim(out / "plan.json", dict(
         kind="latents", size=a.size, **network, shape=shape, moments=probe.shape[2] == 2 * shape[0],
-        precision=precision, shard=a.shard, pictures=len(files), classes=classes, listing=listing,
+        precision=precision, shard=a.shard, pictures=len(files), classes=classes, listing=listing, **more,
     ))  # fmt: skip
     if a.features:
         makers["features"] = feature_maker(a.features, a.grid, device, dtype)
         claim(out / "features.json", dict(name=a.features, grid=a.grid, precision=precision))
-    return makers
+    return makers, [(size, v[k : k + a.shard]) for size, v in groups.items() for k in range(0, len(v), a.shard)]
 
 
 def encode(a) -> None:
@@ -849,9 +1040,11 @@ def encode(a) -> None:
     device = torch.device(a.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if a.precision == "bf16" or (fast and not a.precision) else torch.float32
-    for name in ("size", "batch", "shard", "workers", "grid"):
+    for name in ("size", "batch", "shard", "workers", "grid", "patch"):
         if getattr(a, name) < 1:
             raise UserError(f"--{name} {getattr(a, name)}: at least 1")
+    if a.native and a.features:
+        raise UserError(f"--features {a.features}: a square of features fits no --native picture; leave one out")
     out, images = Path(a.out), Path(a.images)
     if not images.exists():
         raise UserError(f"--images {images}: no such folder or tar")
@@ -859,19 +1052,19 @@ def encode(a) -> None:
     classes, labels = ([], np.arange(len(files))) if captions else label_pictures(images, [f[0] for f in files])
     try:
         out.mkdir(parents=True, exist_ok=True)
-        makers = plan_set(a, out, files, labels, classes, device, dtype)
+        makers, spans = plan_set(a, out, files, labels, captions, classes, device, dtype)
         if captions:
             write_text(out / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in captions))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error})") from error
 
-    todo = {}                                                                   # shard: what it lacks, its pictures
-    for k in range(rank, -(-len(files) // a.shard), world):
+    todo = {}                                                                   # shard: what it lacks, size, pictures
+    for k in range(rank, len(spans), world):
         if lacks := [kind for kind in makers if not (out / f"{kind}_{k:05}.safetensors").is_file()]:
-            todo[k] = lacks, range(len(files))[k * a.shard : (k + 1) * a.shard]
+            todo[k] = lacks, *spans[k]
     encode_shards(a, out, files, labels, makers, todo, device, quiet=rank > 0)
     if (meta := finish(out)) and (rank == 0 or todo):
-        skipped = [line for shard in meta["shards"] for line in shard["skipped"]]
+        skipped = [line for part in (meta, *meta["shards"]) for line in part.get("skipped", [])]
         print(f"{out}: {meta['count']:,} pictures of {len(classes)} classes, {len(skipped)} skipped")
         for name, reason in skipped[:20]:
             print(f"  skipped {name}: {reason}")
@@ -881,14 +1074,12 @@ def encode(a) -> None:
 
 def encode_shards(a, out, files, labels, makers, todo, device, quiet) -> None:
     """The shards in `todo`, with pictures decoded ahead in threads and each shard written while the next is made."""
-    wanted = [files[i] for _, span in todo.values() for i in span]
-    blank = torch.zeros(1, 3, a.size, a.size, device=device)
-    empty = {kind: make(blank)[:0].cpu().numpy() for kind, make in makers.items()}
-    stream = read_ahead(wanted, a.size, a.workers, ahead=4 * a.batch)
+    wanted = [(files[i], size) for _, size, span in todo.values() for i in span]
+    stream = read_ahead(wanted, a.native, a.workers, ahead=4 * a.batch)
     spent, writing, began, often = Counter(), [], time.perf_counter(), 0.1 if sys.stderr.isatty() else 30
     with ThreadPoolExecutor(1) as writer, tqdm(total=len(wanted), unit="img", disable=quiet, mininterval=often) as bar:
-        for k, (lacks, span) in todo.items():
-            parts, kept, skipped = {kind: [empty[kind]] for kind in lacks}, [], []
+        for k, (lacks, size, span) in todo.items():
+            parts, kept, skipped = {kind: [] for kind in lacks}, [], []
             for first in range(0, len(span), a.batch):
                 pictures, batch = [], span[first : first + a.batch]
                 for i, (picture, decode, resize) in zip(batch, islice(stream, len(batch))):
@@ -907,11 +1098,14 @@ def encode_shards(a, out, files, labels, makers, todo, device, quiet) -> None:
                 spent["network"] += time.perf_counter() - tick
                 bar.update(len(batch))
             spent["write"] += sum(future.result() for future in writing)
-            record = dict(count=len(kept), skipped=skipped)
+            if not kept:                                                        # a shard of none keeps its shape
+                blank = torch.zeros(1, 3, *size, device=device)
+                parts = {kind: [makers[kind](blank)[:0].cpu().numpy()] for kind in lacks}
+            record = dict(count=len(kept), skipped=skipped) | (dict(bucket=size) if a.native else {})
             own = dict(labels=labels[kept].astype(np.int64))
+            tensors = {kind: {kind: np.concatenate(z).copy(), **own} for kind, z in parts.items()}  # copy: in order
             writing = [
-                writer.submit(write_shard, out / f"{kind}_{k:05}.safetensors", {kind: np.concatenate(z), **own}, record)
-                for kind, z in parts.items()
+                writer.submit(write_shard, out / f"{kind}_{k:05}.safetensors", z, record) for kind, z in tensors.items()
             ]
         spent["write"] += sum(future.result() for future in writing)
     if todo and not quiet:
@@ -924,17 +1118,22 @@ def encode_shards(a, out, files, labels, makers, todo, device, quiet) -> None:
 def inspect(a) -> None:
     """What a set is, whether it is whole, and how it looks."""
     data = open_data(a.set)
-    spec = data.spec
+    spec, n = data.spec, len(data.labels)
     count = np.bincount(data.labels, minlength=len(spec["classes"]))
-    print(f"{a.set}: {len(data.labels):,} x {spec['shape']}, {spec['kind']} {spec.get('autoencoder', '')}")
+    print(f"{a.set}: {n:,} x {spec['shape']}, {spec['kind']} {spec.get('autoencoder', '')}")
     if spec["classes"]:
         names = ", ".join(spec["classes"][:10])
         print(f"{len(spec['classes'])} classes of {count.min():,} to {count.max():,}: {names} ...")
-    some = np.linspace(0, len(data.labels) - 1, min(2048, len(data.labels)), dtype=np.int64)
-    x = data.read(some, np.random.default_rng(0))
+    counts = getattr(data, "counts", [n])
+    for (h, w), k in zip(spec.get("buckets", []), counts):
+        print(f"bucket {h:4} x {w:<4} {k:12,} pictures")
+    ends, most = np.cumsum(counts), 2048 // len(counts)
+    some = [np.linspace(e - k, e - 1, min(most, k), dtype=np.int64) for e, k in zip(ends, counts) if k]
+    xs = [data.read(index, np.random.default_rng(0)) for index in some]
     print("channel mean deviation, of network space (it wants 0 and 1)")
-    for c in range(x.shape[1]):
-        print(f"{c:7} {x[:, c].mean():8.3f} {x[:, c].std():8.3f}")
+    for c in range(spec["shape"][0]):
+        values = np.concatenate([x[:, c].ravel() for x in xs])
+        print(f"{c:7} {values.mean():8.3f} {values.std():8.3f}")
     if isinstance(data, Latents):
         folder = Path(a.set).expanduser()
         meta = json.loads((folder / "meta.json").read_text())
@@ -948,9 +1147,13 @@ def inspect(a) -> None:
     except UserError as error:
         print(f"no contact sheet: {error}")
         return
-    pixels = decode(torch.from_numpy(x[:: max(1, len(x) // 32)][:32]))
+    most = max(1, 32 // len(xs))
+    pixels = [p for x in xs for p in decode(torch.from_numpy(x[:: max(1, len(x) // most)][:most]))]
+    h, w = (max(p.shape[axis] for p in pixels) for axis in (0, 1))
+    pixels = [np.pad(p, ((0, h - p.shape[0]), (0, w - p.shape[1]), (0, 0)), constant_values=255) for p in pixels]
     columns = min(8, len(pixels))
-    grid(pixels[: len(pixels) // columns * columns].reshape(-1, columns, *pixels.shape[1:])).save(a.sheet)
+    pixels = np.stack(pixels[: len(pixels) // columns * columns])
+    grid(pixels.reshape(-1, columns, *pixels.shape[1:])).save(a.sheet)
     print(f"contact sheet: {a.sheet}")
 
 
@@ -964,11 +1167,15 @@ def parse_arguments(argv=None):
     p.add_argument("--out", required=True, help="folder of the set")
     p.add_argument("--autoencoder", default="sd-vae", help="sd-vae, dc-ae, a folder or a hub name (default sd-vae)")
     p.add_argument("--means", action="store_true", help="keep the posterior's mean only (default: and its deviation)")
+    p.add_argument("--native", action="store_true", help="keep aspect ratios: buckets of about --size x --size pixels")
+    p.add_argument("--skip_small", action="store_true", help="list pictures smaller than their bucket, do not scale up")
     p.add_argument("--features", help="keep features of an image encoder too: DINOv2 or RADIO, folder or hub name")
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     for name, default, text in (
-        ("size", 256, "pixels per side, after the centre crop"), ("batch", 64, "pictures per pass of the network"),
+        ("size", 256, "pixels per side, after the centre crop; --native: of the base square"),
+        ("batch", 64, "pictures per pass of the network"),
         ("shard", 1024, "pictures per file"), ("grid", 16, "feature tokens per side"),
+        ("patch", 1, "of the network to come: sizes are multiples of it, in latent places"),
         ("workers", cores, "threads that decode pictures, per rank"),
     ):  # fmt: skip
         p.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")

@@ -362,8 +362,26 @@ def scored(a, rows, n: int, net, reference: Reference, about: dict, results: Pat
         yield got
 
 
+def by_category(a):
+    """`fid` of a folder of folders (MJHQ-30K), as a whole and each against the reference's folder of that name."""
+    images, reference = Path(a.images or ""), Path(a.reference)
+    names = sorted(p.name for p in images.iterdir() if p.is_dir()) if a.images and images.is_dir() else []
+    if not names or a.num is not None:
+        raise UserError(f"--per_category goes with --images FOLDER of folders, without --num; {images} has none")
+    if missing := [name for name in names if not (reference / name).is_dir()]:
+        raise UserError(f"--reference {reference}: has no folder {missing[0]} as --images has; leave it out of both")
+    rows = []
+    for name in ("", *names):
+        job = dict(images=str(images / name), reference=str(reference / name), per_category=False)
+        *_, got = fid(argparse.Namespace(**vars(a) | job))
+        rows.append(dict(category=name or "all", n=got["n"]) | {k: got[k] for k in METRICS})
+    table(f"{images} against {reference}, by category. Few pictures have a high FID: compare at one n", rows)
+
+
 def fid(a):
-    n, first = a.num, True
+    if a.per_category:
+        return by_category(a)
+    n, first, got = a.num, True, []
     if a.images:
         pictures = open_pictures(a.images, a.side)
         n, results = pictures.n if n is None else n, Path(a.cache if a.images == "demo" else a.images)
@@ -397,11 +415,13 @@ def fid(a):
         got = table(title, scored(a, rows, n, net, reference, about, results))
         draw_curve([row for row in got if row["NFE"]], n, results / "fid.png")
         print(f"{results / 'eval.jsonl'}: {len(rows)} more records")
+        got = [dict(n=n) | row for row in got]
     else:
         for _, _, draw in rows:
             draw()
     if dist.is_initialized():
         dist.destroy_process_group()
+    return got
 
 
 def draw_curve(rows, n, path: Path) -> None:
@@ -474,13 +494,14 @@ def consistency(a):
     if a.num < 1:
         raise UserError(f"--num {a.num}: at least 1 picture a row")
     source = data.open_data(a.data or config["train"]["data"], spec["shape"], len(spec["classes"]))
+    together = data.same_shape(source)
 
     def bins():
         for low, high in zip(LENGTHS[:-1], LENGTHS[1:]):
             parts = []
             for start in range(0, a.num, a.batch):
                 n, rng = min(a.batch, a.num - start), np.random.default_rng((a.seed, start))
-                index = rng.integers(len(source.labels), size=n)
+                index = together[rng.integers(len(together), size=n)]
                 x, y = torch.from_numpy(source.read(index, rng)), torch.from_numpy(source.labels[index])
                 eps = sample.initial_noise(x.shape[1:], a.seed, range(start, start + n))
                 length = span * (low + (high - low) * rng.random(n))
@@ -495,8 +516,8 @@ def consistency(a):
     title = f"{a.num} pictures a row, length t - r as share of the range; medians, of the last column the mean\n"
     title += "jump: t -> r against t -> s -> r; own: f against its target on its own path; target: on the data's"
     got = table(title, bins())
-    n = min(a.num, a.batch)
-    x, y = source.read(np.arange(n), np.random.default_rng(a.seed)), source.labels[:n]
+    n = min(a.num, a.batch, len(together))
+    x, y = source.read(together[:n], np.random.default_rng(a.seed)), source.labels[together[:n]]
     x, y = torch.from_numpy(x).to(a.device), torch.from_numpy(y).to(a.device)
     times = (row.t_min + span * torch.rand(2, n, generator=data.rng(a.seed), dtype=torch.float64)).float().to(a.device)
     eps = sample.initial_noise(x.shape[1:], a.seed, range(n), a.device)
@@ -608,7 +629,8 @@ def captions(a):
         parts["held out"] = data.emoji(held_out=True)
     pictures, names, groups, spans = [], [], [], {}
     for part, source in parts.items():
-        index = np.linspace(0, len(source.labels) - 1, min(len(source.labels), 5000)).astype(int)
+        index = data.same_shape(source)
+        index = index[np.linspace(0, len(index) - 1, min(len(index), 5000)).astype(int)]
         some_each = filter(len, np.array_split(index, 50))
         pictures += [decode(torch.from_numpy(source.read(some, chance))) for some in some_each]
         spans[part] = range(len(names), len(names) + len(index))
@@ -813,12 +835,49 @@ def decoding_rows(autoencoder: str, shape, batch: int, device, repeats):
     yield {"decoding": f"{autoencoder[-20:]}, fp32", "ms": 1e3 * seconds, "images/s": batch / seconds, "MiB": peak}
 
 
+def resolution_rows(a, cfg, device):
+    """Time and memory of one unguided picture by its side and NFE, computed from shapes; on a GPU measured as well."""
+    cuda, factor = device.type == "cuda", data.FACTORS.get(cfg.autoencoder, 1)
+    network = train.network_of(cfg, (cfg.channels, cfg.side, cfg.side), cfg.classes, caption=cfg.caption)
+    with torch.device(device if cuda else "meta"):
+        model = TiM(**network).requires_grad_(False)
+    if cfg.precision != "fp32":
+        lower_precision(model)
+    row = transition.TRANSPORTS[cfg.transport]
+    for side in a.sizes:
+        if side % (factor * cfg.patch):
+            raise UserError(f"--sizes {side}: must be a multiple of {factor * cfg.patch}, pixels per place x patch")
+        shape = cfg.channels, side // factor, side // factor
+        tokens = (shape[1] // cfg.patch) ** 2
+        linear, attention = forward_flops(model, tokens, 256 if cfg.caption else 0)
+        need = sample.memory_needed(model, shape, 1, factor)
+        for n in a.steps:
+            flops = n * (linear + attention)
+            got = dict(pixels=f"{side} x {side}", tokens=tokens, NFE=n, TFLOPs=flops / 1e12)
+            got |= {"attention": attention / (linear + attention), f"s at {a.tflops:g}T": flops / a.tflops / 1e12}
+            got |= {"GiB": need["weights"] + need["network"], "s measured": None, "GiB measured": None}
+            if cuda:
+                y = torch.zeros(1, 256, cfg.caption) if cfg.caption else torch.zeros(1, dtype=torch.int64)
+                z, y = sample.initial_noise(shape, 0, [0], device), y.to(device)
+                run = lambda n=n, z=z, y=y: sample.generate(model, row, z, y, n, null=y)
+                ((got["s measured"], peak),) = measure([run], device, a.repeats)
+                got["GiB measured"] = need["weights"] + peak / 1024
+            yield got
+
+
 def speed(a, rest):
     """Three tables of one network in one run; every flag of train.py changes it."""
     cfg, _ = train.parse_config(["--config", a.config, *rest])
     device = train.connect(cfg.device)
     try:
-        speed_tables(a, cfg, device)
+        if a.sizes:
+            title = f"{cfg.size}/{cfg.patch}, one picture, without decoding; computed at {a.tflops:g} TFLOP/s"
+            rows = table(title, resolution_rows(a, cfg, device))
+            path = Path(a.out or Path(cfg.runs) / f"resolution_{cfg.name}.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(dict(config=asdict(cfg), rows=rows) | provenance(), indent=1))
+        else:
+            speed_tables(a, cfg, device)
     finally:
         dist.destroy_process_group()
 
@@ -918,6 +977,7 @@ def parse_arguments(argv=None):
     arg("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
         help="guide only at these times, as fractions of the range, ends included (default 0 1)")  # fmt: skip
     arg("--strict_interval", action="store_true", help="leave the ends of the interval out")
+    arg("--per_category", action="store_true", help="--images and --reference hold folders (MJHQ-30K): each, too")
     arg("--side", type=int, help="crop pictures of folders to so many pixels (default: as stored)")
     arg("--autoencoder", help="place of the autoencoder, for latents (default: what the checkpoint names)")
     arg("--inception", help="weights in torch-fidelity's form (default: torch-fidelity downloads its own)")
@@ -939,6 +999,9 @@ def parse_arguments(argv=None):
     arg = add("speed", "derivative, training step, sampling. Further flags are those of train.py", network=False)
     arg("--config", choices=train.PRESETS, required=True, help="preset of train.py")
     arg("--steps", type=int, nargs="+", default=[1, 2, 8, 128], help="of sampling (default 1 2 8 128)")
+    arg("--sizes", type=int, nargs="+", help="only compute time and memory of one picture of these sides, in pixels")
+    arg("--tflops", type=float, default=156.0, help="rate to compute time by --sizes with, 10^12 FLOP/s\n"
+        "(default 156, half of an A100's peak in bf16)")  # fmt: skip
     arg("--sample_batch", type=int, help="pictures per pass of sampling (default: --batch, at most 16 on a CPU)")
     arg("--repeats", type=int, default=10, help="per figure, at most 20 s; medians are shown (default 10)")
     arg("--out", help="JSON file (default runs/speed_NAME.json)")

@@ -128,17 +128,25 @@ class CaptionEmbedder(nn.Module):
 
 
 @lru_cache(maxsize=64)
-def rope_table(h, w, head, theta, layout, device):
+def rope_table(h, w, head, theta, layout, device, stretch=None):
     """Rotation of each token by its place on an h x w grid: cos and sin, (h w, K/2) each, float32.
 
     The first half of the head turns with the column, the second with the row, each pair of numbers at its own rate
     theta^(-2k / (K/2)). layout "grid": token n lies at column n mod w, row n div w. layout "released": n mod h and
     n div h, as the released weights were trained; the same thing on square grids only.
+
+    stretch  None, or (kind, rows, columns) of training, for an axis s > 1 times as long. "ntk": theta grows by
+             s^(n / (n - 2)), n = K/2, so that the slowest pair turns as far as in training and the quickest stays.
+             "linear": places shrink by s, so that all pairs do.
     """
-    place = torch.arange(h * w, device=device, dtype=torch.float64)
-    side = w if layout == "grid" else h
-    rate = theta ** (-torch.arange(0, head // 2, 2, device=device, dtype=torch.float64) / (head // 2))
-    angle = torch.cat([torch.outer(place % side, rate), torch.outer(place // side, rate)], 1)
+    place, n = torch.arange(h * w, device=device, dtype=torch.float64), head // 2
+    side, power, angles = w if layout == "grid" else h, n / (n - 2) if n > 2 else 0.0, []
+    kind, *trained = stretch or ("", h, w)
+    for axis, length, base in ((place % side, side, trained[1]), (place // side, h * w // side, trained[0])):
+        s = max(1.0, length / base) if stretch else 1.0
+        rate = (theta * s ** (power * (kind == "ntk"))) ** (-torch.arange(0, n, 2, device=device).double() / n)
+        angles.append(torch.outer(axis / s if kind == "linear" else axis, rate))
+    angle = torch.cat(angles, 1)
     return angle.cos().float(), angle.sin().float()
 
 
@@ -251,6 +259,7 @@ class TiM(nn.Module):
             raise ValueError(f"width {width} over {heads} heads: the head size must be a whole multiple of 4 for RoPE")
         self.channels, self.patch, self.head, self.classes = channels, patch, width // heads, classes
         self.rope_layout, self.rope_theta, self.caption_mask = rope_layout, rope_theta, caption_mask
+        self.rope_stretch = None                                                # set where larger sizes are drawn
         self.x_embedder = PatchEmbedder(channels, patch, width)
         self.t_embedder = TimeEmbedder(width)
         self.delta_embedder = None if shared_time else TimeEmbedder(width)
@@ -296,7 +305,7 @@ class TiM(nn.Module):
             raise TypeError(f"times in {t.dtype}, {r.dtype}: bf16 is too coarse for a time; pass float32")
         dtype = self.x_embedder.proj.weight.dtype
         h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
-        rope = rope_table(h, w, self.head, self.rope_theta, self.rope_layout, x.device)
+        rope = rope_table(h, w, self.head, self.rope_theta, self.rope_layout, x.device, self.rope_stretch)
         d = (self.delta_embedder or self.t_embedder)((t - r).to(dtype))         # (B, D)
         c = self.t_embedder(t.to(dtype)) + d
         caption = mask = None

@@ -4,10 +4,12 @@
     python sample.py --checkpoint runs/demo --num 1000 --steps 8 --out pictures
     python sample.py --checkpoint c2i_model_256.safetensors --steps 1 2 128 --classes 207 360     # released weights
     python sample.py --checkpoint runs/demo --export demo.safetensors
+    python sample.py --checkpoint runs/mine --size 1024x1536 --rope_scale ntk --steps 8
     python sample.py --checkpoint runs/emoji --prompts "red apple" "blue heart" --steps 1 8 --guidance 1.5
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -25,7 +27,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from model import TiM, lower_precision
-from transition import TRANSPORTS, Transport, shift_times, solve, step_coefficients
+from transition import TRANSPORTS, Transport, resolution_shift, shift_times, solve, step_coefficients
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -226,6 +228,8 @@ def latents(model, row, config, index, seed: int, steps, classes: list[int], tex
         y, options["null"] = texts(y), texts(torch.full_like(y, texts.null))
     noise = lambda k: initial_noise(shape, seed, index, device, k)
     local = config["train"].get("share_diffusion") == 1
+    if base := config["train"].get("shift"):
+        options.setdefault("shift", resolution_shift(z[0, 0].numel() // model.patch**2, base))
     return generate(model, row, z, y, steps, noise=noise, local=local, **options)
 
 
@@ -233,6 +237,59 @@ def images(model, row, config, index, seed: int, steps, classes: list[int], deco
     """`latents` as uint8 pictures (len(index), H, W, C); decode: what `data.decoder` gave for config["data"]."""
     decode = decode or data.decoder(config["data"], next(model.parameters()).device)
     return decode(latents(model, row, config, index, seed, steps, classes, **options))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def two_numbers(mark: str):
+    """A parser of arguments such as 1024x1536 (height x width) or 2:5."""
+
+    def parse(text: str) -> tuple[int, int]:
+        first, _, second = text.partition(mark)
+        if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+            raise argparse.ArgumentTypeError(f"{text}: expected height{mark}width in whole numbers")
+        return int(first), int(second)
+
+    return parse
+
+
+def asked_sizes(a, config, patch: int, factor: int) -> list[tuple[int, int]]:
+    """Heights and widths in pixels that --size and --aspect ask for; none where neither does.
+
+    raises  UserError with the nearest size allowed: sides are multiples of the autoencoder's pixels per place x patch.
+    """
+    step, (_, *base), sizes = factor * patch, config["data"]["shape"], a.size or []
+    nearest = lambda side: max(1, round(side / step)) * step
+    for h, w in sizes:
+        if h % step or w % step:
+            rule = f"sides must be multiples of {step}, pixels per place of the autoencoder x patch"
+            raise UserError(f"--size {h}x{w}: {rule}; the nearest is {nearest(h)}x{nearest(w)}")
+    if a.aspect:
+        areas = [h * w for h, w in sizes] or [base[0] * base[1] * factor**2]
+        sizes = [(nearest((s * h / w) ** 0.5), nearest((s * w / h) ** 0.5)) for s in areas for h, w in a.aspect]
+    return sizes
+
+
+def at_size(config, size: tuple[int, int], factor: int, **how) -> dict:
+    """The configuration for pictures of another size than trained at; "drawn" in it says how."""
+    shape = [config["data"]["shape"][0], size[0] // factor, size[1] // factor]
+    return config | dict(drawn=dict(size=f"{size[0]}x{size[1]}") | how, data=config["data"] | dict(shape=shape))
+
+
+def memory_needed(model: TiM, shape, copies: int, factor: int) -> dict[str, float]:
+    """GiB of sampling `copies` pictures at a time (twice the batch where guided), without the attention's N x N, which
+    flash kernels never hold: the weights, a pass of the network, and the pictures while one of them is decoded.
+
+    A pass peaks in the MLP: 44 bytes per token and width in fp32, 30 with bf16 products (measured, and the same at all
+    depths and widths). What the autoencoder takes for a tile or a small picture is not in it.
+    """
+    weights, size = list(model.parameters()), model.blocks[0].attn.qkv.weight.dtype.itemsize
+    tokens, width = shape[1] * shape[2] // model.patch**2, model.blocks[0].attn.qkv.in_features
+    own, one = sum(p.nbytes for p in weights), 3 * shape[1] * shape[2] * factor**2
+    passing, pixels = copies * tokens * width * (44 if size == 4 else 30), one * 4 * 3 + one * copies
+    return {k: v / 2**30 for k, v in dict(weights=own, network=passing, pictures=pixels).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,9 +314,19 @@ def parse_arguments(argv=None):
     add("-n", "--num", type=int, help="write so many single pictures into --out instead of a grid; under torchrun all\n"
         "ranks share the work (say -n there, --num is torchrun's own); run again to go on")
     add("--out", help="grid PNG (default samples.png), or the folder for --num")
-    add("--batch", type=int, default=100, help="pictures per pass (default 100)")
+    add("--batch", type=int, default=100, help="pictures per pass (default 100; beyond 512x512 by --size fewer)")
     add("--autoencoder", help="place of the autoencoder: a folder or hub name (default: what the checkpoint names)")
     add("--save_latents", action="store_true", help="write latents as safetensors, undecoded; needs no autoencoder")
+    add("--size", type=two_numbers("x"), nargs="+", metavar="HxW",
+        help="of the pictures in pixels, several in turn (default: as trained)")
+    add("--aspect", type=two_numbers(":"), nargs="+", metavar="H:W",
+        help="shapes of the same area instead, such as 2:5")
+    add("--rope_scale", choices=("none", "ntk", "linear"), default="none",
+        help="beyond the trained side, stretch RoPE: its slow rotations, or all of them (default none)")
+    add("--rope_layout", choices=("grid", "released"), help="token places (default: the checkpoint's; see README)")
+    add("--shift", type=float, help="s of t -> s t / (1 + (s - 1) t) (default: what training says for this size)")
+    add("--bench", choices=("geneval", "dpg", "mjhq"), help="draw a benchmark: --prompts is its prompt file (dpg:\n"
+        "folder), --out gets the layout its scorer wants; also under torchrun, run again to go on")
     add("--export", metavar="FILE", help="write weights and configuration as one .safetensors file, and stop")
     add("--compile", action="store_true", help="compile the blocks; pays from some thousand pictures on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda, else cpu")
@@ -320,17 +387,23 @@ def check_arguments(a, path, config, prompts) -> tuple[list[int], dict]:
     if not 0 <= interval[0] <= interval[1] <= 1:
         raise UserError(f"--interval {interval[0]:g} {interval[1]:g}: two rising fractions within 0 and 1")
     ending = ".safetensors" if a.save_latents else ".png"
-    if a.num is None and a.out and not a.out.endswith(ending):
+    if a.num is None and not a.bench and a.out and not a.out.endswith(ending):
         raise UserError(f"--out {a.out}: a grid goes into one {ending} file; give such a name, or --num for many")
     if a.num is not None and not a.out:
         raise UserError(f"--num {a.num} needs --out FOLDER")
     if a.export and not a.export.endswith(".safetensors"):
         raise UserError(f"--export {a.export}: the file is a .safetensors one; give such a name")
+    if a.shift is not None:
+        try:
+            shift_times(TRANSPORTS[config["train"]["transport"]], torch.ones(1), a.shift)
+        except ValueError as error:
+            raise UserError(f"--shift {a.shift:g}: {error}") from error
     guidance = config["train"]["guidance"] if a.guidance is None else a.guidance
     if guidance != 1 and not config["train"]["drop"]:
         rule = f"{path} was trained with --drop 0 and knows no condition to guide from"
         raise UserError(f"--guidance {guidance:g}: {rule}; use 1")
-    return classes, dict(guidance=guidance, interval=interval, strict=a.strict_interval, stochastic=a.stochastic)
+    options = dict(guidance=guidance, interval=interval, strict=a.strict_interval, stochastic=a.stochastic)
+    return classes, options | ({} if a.shift is None else dict(shift=a.shift))
 
 
 def main(argv=None):
@@ -343,7 +416,10 @@ def main(argv=None):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
     model, row, config = load(path)
-    prompts = read_prompts(a, path, config)
+    bench = read_bench(a) if a.bench else None
+    prompts = [text for text, *_ in bench] if bench else read_prompts(a, path, config)
+    if bench and "text" not in config["data"]:
+        raise UserError(f"--bench {a.bench}: {path} was trained on classes, not on texts")
     classes, options = check_arguments(a, path, config, prompts)
     if a.export:
         save(Path(a.export), model.state_dict(), config)
@@ -357,9 +433,51 @@ def main(argv=None):
     for block in model.blocks if a.compile else ():
         block.compile()
     decode = None if a.save_latents else data.decoder(config["data"], a.device, a.autoencoder)
-    if a.num is not None:
-        return many(model, row, config, a, path, classes, options, decode)
-    draw = lambda n: latents(model, row, config, range(len(classes)), a.seed, n, classes, **options)
+    spec, how = config["data"], {}
+    factor = decode.factor if decode else spec.get("factor") or data.FACTORS.get(spec["autoencoder"], 0)
+    if (a.size or a.aspect) and not factor:
+        raise UserError("--size, --aspect with --save_latents: pixels per place are unknown; leave --save_latents out")
+    if a.rope_scale != "none":
+        model.rope_stretch = (a.rope_scale, *(side // model.patch for side in spec["shape"][1:]))
+        how["rope_scale"] = a.rope_scale
+    if a.rope_layout:
+        model.rope_layout = how["rope_layout"] = a.rope_layout
+    sizes = asked_sizes(a, config, model.patch, factor)
+    for h, w in sizes or [(0, 0)]:
+        b = argparse.Namespace(**vars(a))
+        if h:
+            here = at_size(config, (h, w), factor, **how)
+            b.batch = max(1, min(a.batch, a.batch * 512**2 // (h * w)))
+            if len(sizes) > 1:
+                out = Path(a.out or "samples.png")
+                many_files = a.bench or a.num is not None
+                b.out = str(out / f"{h}x{w}" if many_files else out.with_stem(f"{out.stem}_{h}x{w}"))
+            say_memory(model, here, b, factor, len(classes), options["guidance"])
+        else:
+            here = config | (dict(drawn=how) if how else {})
+        if bench:
+            draw_bench(model, row, here, b, path, bench, options, decode)
+        elif a.num is not None:
+            many(model, row, here, b, path, classes, options, decode)
+        else:
+            one_grid(model, row, here, b, path, classes, options, decode, prompts)
+
+
+def say_memory(model, config, a, factor: int, columns: int, guidance: float) -> None:
+    """Before anything is drawn."""
+    together = min(a.batch, columns if a.num is None and not a.bench else a.num or a.batch)
+    need = memory_needed(model, config["data"]["shape"], together * (1 + (guidance != 1)), factor)
+    tokens = config["data"]["shape"][1] * config["data"]["shape"][2] // model.patch**2
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in need.items())
+    what = f"{config['drawn']['size']}: {tokens:,} tokens, {together} at a time"
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{what}: about {sum(need.values()):.2f} GiB ({parts}) and the autoencoder's own", flush=True)
+
+
+def one_grid(model, row, config, a, path, classes, options, decode, prompts) -> None:
+    """A row per number of steps, a column per class or prompt, all rows from the same noise."""
+    parts = [range(s, min(s + a.batch, len(classes))) for s in range(0, len(classes), a.batch)]
+    draw = lambda n: torch.cat([latents(model, row, config, p, a.seed, n, classes, **options) for p in parts])
     out = Path(a.out or ("samples.safetensors" if a.save_latents else "samples.png"))
     out.parent.mkdir(parents=True, exist_ok=True)
     if a.save_latents:
@@ -383,7 +501,7 @@ def many(model, row, config, a, path, classes, options, decode):
     for n in a.steps:
         folder = Path(a.out) / (f"steps_{n}" if len(a.steps) > 1 else "")
         folder.mkdir(parents=True, exist_ok=True)
-        claim(Path(f"{folder}.json"), shown | dict(
+        claim(Path(f"{folder}.json"), shown | config.get("drawn", {}) | dict(
             checkpoint=str(path), step=config["step"], steps=n, seed=a.seed, classes=classes, latents=a.save_latents))
         batches = [range(s, min(s + a.batch, a.num)) for s in range(0, a.num, a.batch)][rank::world]
         writes, total = [], sum(map(len, batches))
@@ -421,9 +539,100 @@ def claim(file: Path, record: dict) -> None:
 
 
 def write_png(pixels, path: Path):
+    write_image(data.to_image(pixels), path)
+
+
+def write_image(image, path: Path):
+    """Complete or not there; JPEG of quality 95 where the name says .jpg, else PNG."""
     aside = path.with_suffix(".tmp")
-    data.to_image(pixels).save(aside, "PNG")
+    image.save(aside, "JPEG" if path.suffix == ".jpg" else "PNG", quality=95)
     os.replace(aside, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks
+
+
+def read_bench(a) -> list[tuple[str, str, bytes]]:
+    """(prompt, its place under --out, its original line) of a benchmark's own prompt file, in the file's order.
+
+    geneval  evaluation_metadata.jsonl, {"prompt", ...} a line: FOLDER/00000/
+    dpg      the folder of its .txt files: FOLDER/NAME.png
+    mjhq     meta_data.json, {key: {"category", "prompt"}}: FOLDER/category/key.jpg
+    """
+    if not a.prompts or len(a.prompts) != 1 or a.prompts_file or not a.out or a.num is not None or a.save_latents:
+        raise UserError(f"--bench {a.bench}: goes with --prompts FILE and --out DIR, without --num and --save_latents")
+    source, form = Path(a.prompts[0]), dict(
+        geneval='a .jsonl file with {"prompt": ...} a line', dpg="a folder of .txt files",
+        mjhq='a .json file, {key: {"category": ..., "prompt": ...}}',
+    )  # fmt: skip
+    try:
+        if a.bench == "geneval":
+            lines = [line for line in source.read_bytes().split(b"\n") if line.strip()]
+            found = [(json.loads(line)["prompt"], f"{i:05}", line) for i, line in enumerate(lines)]
+        elif a.bench == "dpg":
+            files = sorted(f for f in source.iterdir() if f.suffix == ".txt")
+            found = [(f.read_bytes().decode().removesuffix("\n"), f"{f.stem}.png", b"") for f in files]
+        else:
+            table = json.loads(source.read_bytes())
+            found = [(v["prompt"], f"{v['category']}/{key}.jpg", b"") for key, v in table.items()]
+        for prompt, place, _ in found:
+            if not isinstance(prompt, str) or ".." in place.split("/") or place.startswith("/"):
+                raise ValueError(f"{place}: not a prompt, or a place outside of --out")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--prompts {source}: --bench {a.bench} wants {form[a.bench]} ({error!r})") from error
+    if not found:
+        raise UserError(f"--prompts {source}: holds no prompt; --bench {a.bench} wants {form[a.bench]}")
+    return found
+
+
+def draw_bench(model, row, config, a, path, bench, options, decode) -> None:
+    """A benchmark's pictures in the places its scorer looks in, shared over ranks; what is there is not drawn again.
+
+    geneval  NAME/samples/00000.png .. 00003.png, NAME/metadata.jsonl (the original line) and, last, NAME/grid.png
+    dpg      one PNG a prompt, 2 x 2 pictures without a gap; mjhq: one JPEG a prompt, and captions.jsonl for `clip`
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    each = 1 if a.bench == "mjhq" else 4
+    numbers = [k for k in range(len(bench)) for _ in range(each)]               # picture i is of prompt numbers[i]
+    shown = {k: v for k, v in options.items() if k != "texts"} | config.get("drawn", {})
+    texts = hashlib.sha256("\0".join(text for text, *_ in bench).encode()).hexdigest()[:16]
+    for n in a.steps:
+        folder, writes = Path(a.out) / (f"steps_{n}" if len(a.steps) > 1 else ""), []
+        folder.mkdir(parents=True, exist_ok=True)
+        claim(Path(f"{folder}.json"), shown | dict(
+            checkpoint=str(path), step=config["step"], steps=n, seed=a.seed, bench=a.bench, prompts=texts))
+        last = [folder / place / "grid.png" if a.bench == "geneval" else folder / place for _, place, _ in bench]
+        size = max(1, a.batch // each)
+        parts = [range(s, min(s + size, len(bench))) for s in range(0, len(bench), size)][rank::world]
+        bar = tqdm(total=sum(map(len, parts)), desc=f"{n} steps", disable=rank > 0, unit="prompt")
+        with ThreadPoolExecutor(2) as pool, bar:
+            for part in parts:
+                if todo := [k for k in part if not last[k].exists()]:
+                    index = [k * each + i for k in todo for i in range(each)]
+                    pixels = decode(latents(model, row, config, index, a.seed, n, numbers, **options))
+                    pixels = pixels.reshape(len(todo), each, *pixels.shape[1:])
+                    writes += [pool.submit(write_bench, a.bench, last[k], p, bench[k][2]) for k, p in zip(todo, pixels)]
+                bar.update(len(part))
+            for write in writes:
+                write.result()                                                  # raises what the thread met
+        if a.bench == "mjhq" and rank == 0:
+            lines = "".join(json.dumps(dict(file=place, caption=text)) + "\n" for text, place, _ in bench)
+            (folder / "captions.jsonl").write_text(lines)
+    if rank == 0:
+        print(f"{a.out}: {len(bench)} prompts of {a.bench}, {each} pictures each, at {a.steps} steps")
+
+
+def write_bench(kind: str, last: Path, pixels: np.ndarray, line: bytes) -> None:
+    """The pictures (1 or 4, H, W, C) of one prompt; `last` is the file that says they are all there."""
+    last.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "geneval":
+        (last.parent / "samples").mkdir(exist_ok=True)
+        for i, picture in enumerate(pixels):
+            write_png(picture, last.parent / "samples" / f"{i:05}.png")
+        (last.parent / "metadata.jsonl").write_bytes(line)
+    one = data.to_image(pixels[0]) if kind == "mjhq" else data.grid(pixels.reshape(2, 2, *pixels.shape[1:]), gap=0)
+    write_image(one, last)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,10 @@ from transition import (
     finite_difference,
     guided_pair,
     interpolate,
+    resolution_shift,
     sample_loss,
     sample_times,
+    shift_times,
     time_weight,
     transition_target,
     twice,
@@ -90,6 +92,7 @@ class Config:
     share_consistency: float = opt(0.1, "share of samples with r = t_min")
     time_mean: float | None = opt(None, "mean of the draw of times, default the row's")
     time_std: float | None = opt(None, "standard deviation of the draw of times, default the row's")
+    shift: int = opt(0, "tokens of a picture whose times stay; s = sqrt(its tokens / this) shifts them, 0 = never")
     derivative: str = opt("dde", "df/dt by central difference or forward-mode autodiff", ("dde", "jvp"))
     h: float = opt(0.0, "half width of the difference, as the network sees time; 0 = .001 in fp32, .01 in bf16")
     tau: str = opt("tan", "interval weighting: function of time", tuple(TAUS))
@@ -109,6 +112,7 @@ class Config:
     steps: int = opt(1000, "length of training in updates")
     batch: int = opt(128, "pictures per update, over all ranks")
     accumulate: int = opt(1, "micro-batches per update and rank")
+    mix: int = opt(1, "buckets per update on a --native set; divides ranks x accumulate")
     lr: float = opt(2e-3, "AdamW learning rate")
     warmup: int = opt(100, "updates of linear warm-up")
     decay: float = opt(0.0, "last share of the updates in which the rate falls linearly to zero")
@@ -170,6 +174,7 @@ FREE = set(  # what a resumed run may change
     "checkpointing reduce replicate accumulate".split()
 )
 GRID_STEPS = (1, 2, 4, 8, 32)
+CAPTION_STEP = 64  # compiled code is made per shape, so there captions are padded to multiples of this
 
 
 def parse_config(argv=None) -> tuple[Config, int]:
@@ -198,11 +203,11 @@ def parse_config(argv=None) -> tuple[Config, int]:
 
 def check(cfg: Config) -> Config:
     """Raise UserError for values that cannot work together, before anything is built."""
-    positive = ("patch", "steps", "batch", "accumulate", "lr", "clip", "log_every", "save_every", "keep")
+    positive = ("patch", "steps", "batch", "accumulate", "mix", "lr", "clip", "log_every", "save_every", "keep")
     for name in positive:
         if not getattr(cfg, name) > 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be positive")
-    for name in ("h", "align", "warmup", "weight_decay", "weight_sigma", "sample_every", "keep_every", "seed"):
+    for name in ("h", "align", "shift", "warmup", "weight_decay", "weight_sigma", "sample_every", "keep_every", "seed"):
         if not getattr(cfg, name) >= 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be 0 or more")
     for name in ("share_diffusion", "share_consistency", "drop", "decay", "ema", "guide_low", "guide_high"):
@@ -219,6 +224,10 @@ def check(cfg: Config) -> Config:
             check_weight(TRANSPORTS[cfg.transport], cfg.tau)
     except ValueError as error:
         raise UserError(f"--tau {cfg.tau}: {error}") from error
+    try:
+        shift_times(TRANSPORTS[cfg.transport], torch.ones(1), 2.0 if cfg.shift else 1.0)
+    except ValueError as error:
+        raise UserError(f"--shift {cfg.shift}: {error}; use 0") from error
     return cfg
 
 
@@ -261,7 +270,9 @@ def objective(model, ema, row, cfg, h, x, y, rng, features=None, texts=None):
     """
     null = torch.full_like(y, texts.null if texts else model.classes)
     y = torch.where(torch.rand(len(y), generator=rng, device=x.device) < cfg.drop, null, y)
-    t, r = sample_times(row, len(x), cfg.share_diffusion, cfg.share_consistency, rng, cfg.time_mean, cfg.time_std)
+    shares = cfg.share_diffusion, cfg.share_consistency
+    shift = resolution_shift(x[0, 0].numel() // cfg.patch**2, cfg.shift)
+    t, r = sample_times(row, len(x), *shares, rng, cfg.time_mean, cfg.time_std, shift)
     eps = torch.randn(x.shape, generator=rng, device=x.device)
     if (cfg.guide_gt, cfg.guide_cond) != (1, 0):
         x, eps = guide(ema, row, cfg, x, eps, t, y, null, texts)
@@ -351,7 +362,7 @@ def shard(model, mesh, cfg: Config, bf16: bool):
         if cfg.checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
-            block.compile()
+            block.compile(dynamic=False)                                        # a bucket's shape is compiled as it is
         if mesh is not None:
             fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=whole)
             fully_shard(block, mesh=mesh, mp_policy=half)
@@ -556,7 +567,8 @@ def sample_grid(model, row, spec, cfg, path: Path, texts=None, columns: int = 10
         if dist.get_rank() == 0:
             print(f"{path} shows latent channels: {error}", flush=True)
     with torch.compiler.set_stance("force_eager"):                              # no compiling for a picture's batch
-        options = dict(guidance=cfg.guidance, local=cfg.share_diffusion == 1, null=null)
+        shift = resolution_shift(z[0, 0].numel() // cfg.patch**2, cfg.shift)
+        options = dict(guidance=cfg.guidance, local=cfg.share_diffusion == 1, null=null, shift=shift)
         rows = [decode(generate(model, row, z, y, n, **options)) for n in GRID_STEPS]
     path.parent.mkdir(exist_ok=True)
     first_rank(lambda: data.grid(np.stack(rows), scale=max(1, 64 // rows[0].shape[1]), names=names).save(path))
@@ -566,11 +578,13 @@ def sample_grid(model, row, spec, cfg, path: Path, texts=None, columns: int = 10
 # The run
 
 
-def network_of(cfg: Config, shape, classes: int, features=(0, 0), caption: int = 0) -> dict:
-    """Arguments of TiM for pictures of `shape` (C, H, W) with classes, or with captions whose features have width
-    `caption`; features (N, F) are aligned with if cfg.align."""
-    if shape[1] % cfg.patch or shape[2] % cfg.patch:
-        raise UserError(f"--patch {cfg.patch}: {shape[1]}x{shape[2]} must be a multiple of it; choose another patch")
+def network_of(cfg: Config, shape, classes: int, features=(0, 0), caption: int = 0, buckets=()) -> dict:
+    """Arguments of TiM for pictures of `shape` (C, H, W) or `buckets` (H, W), with classes, or with captions whose
+    features have width `caption`; features (N, F) are aligned with if cfg.align."""
+    for h, w in (shape[1:], *buckets):
+        if h % cfg.patch or w % cfg.patch:
+            way = f"choose another, or encode --native with --patch {cfg.patch}"
+            raise UserError(f"--patch {cfg.patch}: {h}x{w} must be a multiple of it; {way}")
     if not (classes or caption):
         rule = "give a set with one folder per class, or captions.jsonl"
         raise UserError(f"--data {cfg.data} has neither classes nor captions to learn; {rule}")
@@ -672,7 +686,7 @@ def train(cfg: Config) -> None:
 def read_texts(cfg: Config, source, device):
     """The captions of a set and the prompts of its sample grids, as data.Texts; puts both into the set's spec."""
     encode, source.spec["text"] = data.load_text_encoder(cfg.text_encoder, device)
-    texts = data.Texts(source.captions, encode, device)
+    texts = data.Texts(source.captions, encode, device, CAPTION_STEP if cfg.compile else 1)
     some = np.linspace(0, texts.null - 1, min(10, texts.null)).astype(int)
     prompts = source.spec.setdefault("prompts", [source.captions[i][:1000] for i in some])
     return texts, data.Texts(data.Captions([[text] for text in prompts]), encode, device)
@@ -681,9 +695,9 @@ def read_texts(cfg: Config, source, device):
 def run_training(cfg: Config, device) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     run, row = Path(cfg.runs) / cfg.name, TRANSPORTS[cfg.transport]
-    if cfg.batch % (world * cfg.accumulate) or world % cfg.replicate:
-        rule = f"--batch {cfg.batch} must divide over {world} ranks x {cfg.accumulate} micro-batches"
-        raise UserError(f"{rule}, and {world} ranks over --replicate {cfg.replicate}")
+    if cfg.batch % (world * cfg.accumulate) or world % cfg.replicate or world * cfg.accumulate % cfg.mix:
+        rule = f"--batch {cfg.batch} must divide over {world} ranks x {cfg.accumulate} micro-batches, those over"
+        raise UserError(f"{rule} --mix {cfg.mix}, and {world} ranks over --replicate {cfg.replicate}")
     first_rank(lambda: (run / "checkpoints").mkdir(parents=True, exist_ok=True))
     shape = (cfg.channels, cfg.side, cfg.side)
     source = data.open_data(cfg.data, shape, cfg.classes, cfg.autoencoder, features=cfg.align > 0)
@@ -694,7 +708,12 @@ def run_training(cfg: Config, device) -> None:
     if hasattr(source, "captions"):
         texts, shown = read_texts(cfg, source, device)
     caption = source.spec["text"]["width"] if texts else 0
-    network = network_of(cfg, source.spec["shape"], len(source.spec["classes"]), features, caption)
+    buckets = source.spec.get("buckets", ())
+    network = network_of(cfg, source.spec["shape"], len(source.spec["classes"]), features, caption, buckets)
+    room = 4 * max(2, len(buckets))                     # the gradient's, the difference's, the guidance's batch; spare
+    room *= -(-source.spec["text"]["length"] // CAPTION_STEP) if texts else 1
+    torch._dynamo.config.recompile_limit = room
+    torch._dynamo.config.accumulated_recompile_limit = max(256, room)
     record = dict(model=network, data=source.spec, train=asdict(cfg))
     model, ema, optimizer = build(cfg, network, device, bf16)
     begin = resume(run, model, ema, optimizer, record)
@@ -706,11 +725,13 @@ def run_training(cfg: Config, device) -> None:
     weights = sum(p.numel() for p in model.parameters())
     first = dict(config=asdict(cfg), begin=begin, parameters=weights, torch=torch.__version__, device=name, world=world)
     if rank == 0:
-        what = f"{weights:,} parameters, {len(source.labels):,} pictures {source.spec['shape']}, {world} x {name}"
+        what = f"{len(buckets)} buckets about " if buckets else ""
+        what = f"{weights:,} parameters, {len(source.labels):,} pictures {what}{source.spec['shape']}, {world} x {name}"
         print(f"{run}: {what}, {'bf16' if bf16 else 'fp32'}, h = {h:g}, from update {begin}", flush=True)
     log = Log(run, cfg, row, device, begin, first)
     slots = [rank * cfg.accumulate + k for k in range(cfg.accumulate)]
-    stream = data.batches(source, cfg.batch // (world * cfg.accumulate), cfg.seed, slots, world * cfg.accumulate, begin)
+    of = world * cfg.accumulate
+    stream = data.batches(source, cfg.batch // of, cfg.seed, slots, of, begin, mix=cfg.mix)
     unread, stopping = None, False
     for step in range(begin, cfg.steps):
         began = time.perf_counter()

@@ -288,6 +288,14 @@ def shift_times(row: Transport, t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def resolution_shift(tokens: int, base: int) -> float:
+    """s of `shift_times` for a picture of so many tokens: sqrt(tokens / base), 1 where base is 0 (no shift).
+
+    source  Stable Diffusion 3 (arXiv 2403.03206), Eq. 23: at m times the tokens, t of the same uncertainty.
+    """
+    return math.sqrt(tokens / base) if base else 1.0
+
+
 def diffusion_count(n: int, share_diffusion: float) -> int:
     """How many of n samples have r = t. Fixed, so that the others make a batch of one size for `finite_difference`."""
     return round(n * share_diffusion)
