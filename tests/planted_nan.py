@@ -19,6 +19,6 @@ def planted(self, index, rng):
 
 
 batches = data.batches
-data.batches = lambda *args: batches(*args, ahead=1)  # one reader, so that calls are counted in order
+data.batches = lambda *args, **more: batches(*args, ahead=1, **more)  # one reader, so that calls are counted in order
 data.RandomLatents.read = planted
 data.command(train.main)
