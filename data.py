@@ -47,6 +47,7 @@ AUTOENCODERS = {  # name: place on the model hub, latent channels, scale of netw
 }
 FACTORS = {"sd-vae": 8, "dc-ae": 32}  # pixels per latent place and side
 TILED = 1024**2  # pixels of a picture beyond which it is decoded in tiles
+NAMED = 0.25  # share of a picture that a bucket named in captions.jsonl may cut away
 SLACK = 0.045  # areas of buckets lie this near to the base area, so tokens of two batches differ by less than 10%
 GEMMA = "google/gemma-3-1b-it"  # the text encoder of the released weights
 BYTES = dict(encoder="bytes", length=64, width=128)  # the one that needs no download, see `hash_words`
@@ -193,6 +194,11 @@ def bucket_sizes(side: int, step: int, limit: float = 4.0) -> list[tuple[int, in
     return sorted({(step * a, step * b) for h, w in fits for a, b in ((h, w), (w, h))}, key=lambda s: s[0] / s[1])
 
 
+def cut_away(size, bucket) -> float:
+    """The share of a picture (height, width) that is lost where it covers `bucket`."""
+    return 1 - math.exp(-abs(math.log(size[0] / size[1] * bucket[1] / bucket[0])))
+
+
 def crop_bound(buckets) -> float:
     """The largest share of a picture that rounding its ratio to the nearest of `buckets` cuts away."""
     return 1 - math.exp(-np.diff(np.log([h / w for h, w in buckets])).max(initial=0) / 2)
@@ -254,6 +260,9 @@ class Captions:
     def __getitem__(self, number: int) -> str:
         return "" if number == self.null else self.bytes[self.cuts[number] : self.cuts[number + 1]].decode()
 
+    def digest(self) -> str:
+        return hashlib.sha256(self.bytes + self.cuts.tobytes() + self.ends.tobytes()).hexdigest()[:16]
+
     def draw(self, picture: np.ndarray, chance) -> np.ndarray:
         """The number of one of each picture's captions."""
         first = np.where(picture > 0, self.ends[picture - 1], 0)
@@ -312,12 +321,13 @@ def hash_words(captions: list[str]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(features), torch.from_numpy(np.arange(length.max()) < length[:, None])
 
 
-def load_text_encoder(name: str, device="cpu", length: int = 256):
+def load_text_encoder(name: str, device="cpu", length: int = 256, whole: bool = False):
     """A frozen text encoder: list of str -> features (n, L, F), mask (n, L) bool; and its part of a spec.
 
     name    "bytes", or a folder or hub name of transformers (an encoder-decoder gives its encoder). The last hidden
             state, in bf16 on GPUs that have it; padded on the right and cut to the longest caption at hand, at most
             `length` tokens; no chat template.
+    whole   pad to `length`, so that a network that sees the padding too sees the same whatever else is encoded.
     raises  UserError that says what to install or to download.
     """
     if name == "bytes":
@@ -343,7 +353,8 @@ def load_text_encoder(name: str, device="cpu", length: int = 256):
     @torch.no_grad()
     def encode(captions):
         captions = [text or none for text in captions]
-        tokens = tokenizer(captions, padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
+        how = dict(padding="max_length" if whole else True, truncation=True, max_length=length)
+        tokens = tokenizer(captions, **how, return_tensors="pt").to(device)
         parts = [{k: v[i : i + 64] for k, v in tokens.items()} for i in range(0, len(captions), 64)]
         return torch.cat([net(**part).last_hidden_state for part in parts]), tokens["attention_mask"].bool()
 
@@ -924,9 +935,13 @@ def claim(file: Path, plan: dict) -> None:
     if not file.is_file():
         write_text(file, json.dumps(plan, indent=1))
     old = json.loads(file.read_text())
-    for key, now in plan.items():
-        if (was := old.get(key)) != now:
-            if isinstance(was, list):
+    for key in sorted(old.keys() | plan.keys()):
+        was, now = old.get(key), plan.get(key)
+        if was != now:
+            if key == "buckets" and not (was and now):
+                how = "with" if was else "without"
+                raise UserError(f"{file.parent} was begun {how} --native; do so again, or give another --out")
+            if isinstance(was, list) and isinstance(now, list):
                 was, now = next((w, n) for w, n in zip_longest(was, now) if w != n)
             raise UserError(f"{file.parent} was begun with {key} {was}, not {now}; give that, or another --out")
 
@@ -958,6 +973,8 @@ def read_ahead(wanted, upright: bool, workers: int, ahead: int):
         try:
             picture = open_picture(file, upright)
             opened = time.thread_time()
+            if upright and cut_away(picture.size[::-1], size) > 0.55:
+                raise ValueError(f"it is {picture.height}x{picture.width}, its header or an older file said otherwise")
             return crop(picture, *size), opened - began, time.thread_time() - opened
         except ValueError as error:
             return str(error), time.thread_time() - began, 0.0
@@ -988,12 +1005,14 @@ def plan_buckets(a, out, files, captions, step: int, listing: str) -> tuple[dict
         reason, named = size if isinstance(size, str) else "", None
         if not reason:
             off = np.abs(ratios - math.log(size[0] / size[1]))
-            bucket, cut = table[off.argmin()], 1 - math.exp(-off.min())
+            bucket, cut = table[off.argmin()], cut_away(size, table[off.argmin()])
             named = re.search(r"(\d+)x(\d+)$", str(captions[i].get("bucket", ""))) if captions else None
         if named:
             bucket = int(named[1]), int(named[2])
             if bucket[0] % step or bucket[1] % step or not abs(bucket[0] * bucket[1] / a.size**2 - 1) <= SLACK:
                 reason = f"its bucket {named[0]} is no multiple of {step} with an area within {SLACK:.1%} of {a.size}^2"
+            elif (cut := cut_away(size, bucket)) > max(bound, NAMED) + 1e-6:
+                reason = f"{cut:.0%} of {size[0]}x{size[1]} would be cut away by its bucket {named[0]}"
         elif not reason and cut > bound + 1e-6:
             reason = f"{size[0]}x{size[1]} is beyond all ratios: {cut:.0%} would be cut away, at most {bound:.0%} is"
         if not reason and (size[0] < bucket[0] or size[1] < bucket[1]):
@@ -1024,6 +1043,8 @@ def plan_set(a, out, files, labels, captions, classes, device, dtype) -> tuple[d
     if a.native:
         groups, skipped = plan_buckets(a, out, files, captions, step, listing)
         more = dict(buckets=[[h, w, len(v)] for (h, w), v in groups.items()], factor=factor, skipped=skipped)
+    if captions:
+        more["captions"] = Captions([line["captions"] for line in captions]).digest()
     claim(out / "plan.json", dict(
         kind="latents", size=a.size, **network, shape=shape, moments=probe.shape[2] == 2 * shape[0],
         precision=precision, shard=a.shard, pictures=len(files), classes=classes, listing=listing, **more,

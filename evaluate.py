@@ -99,6 +99,13 @@ def open_network(a, text=False):
     return model, row, config, file.parent / "eval", about
 
 
+def trained_on(a, config) -> str:
+    """--data, or what the checkpoint says it was trained on."""
+    if not (place := a.data or config["train"].get("data")):
+        raise UserError("the checkpoint does not say what it was trained on; give --data")
+    return place
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # fid: pictures to features
 
@@ -493,7 +500,7 @@ def consistency(a):
     spec, span = config["data"], row.t_max - row.t_min
     if a.num < 1:
         raise UserError(f"--num {a.num}: at least 1 picture a row")
-    source = data.open_data(a.data or config["train"]["data"], spec["shape"], len(spec["classes"]))
+    source = data.open_data(trained_on(a, config), spec["shape"], len(spec["classes"]))
     together = data.same_shape(source)
 
     def bins():
@@ -621,7 +628,7 @@ def captions(a):
     model, row, config, results, about = open_network(a, text=True)
     if a.num < 1 or min(a.steps) < 1:
         raise UserError(f"--num {a.num}, --steps {a.steps}: at least 1 each")
-    spec, place = config["data"], a.data or config["train"]["data"]
+    spec, place = config["data"], trained_on(a, config)
     guidance = config["train"]["guidance"] if a.guidance is None else a.guidance
     decode, chance = data.decoder(spec, a.device, a.autoencoder), np.random.default_rng(0)
     parts = {"seen": data.open_data(place, spec["shape"])}

@@ -362,7 +362,8 @@ def encode_prompts(prompts: list[str], config, device, place: str | None = None)
     """Prompts as data.Texts. Up to data.TABLE of them are encoded here and the encoder is let go of, so that it and
     the network need not be in memory together."""
     text = config["data"]["text"]
-    encode, found = data.load_text_encoder(place or text["encoder"], device, text["length"])
+    whole = not config["model"].get("caption_mask", True)
+    encode, found = data.load_text_encoder(place or text["encoder"], device, text["length"], whole)
     if found["width"] != config["model"]["caption"]:
         rule = f"its features are {found['width']} wide, the network knows {config['model']['caption']}"
         raise UserError(f"--text_encoder {found['encoder']}: {rule}; it was trained with {text['encoder']}")
@@ -391,8 +392,6 @@ def check_arguments(a, path, config, prompts) -> tuple[list[int], dict]:
         raise UserError(f"--out {a.out}: a grid goes into one {ending} file; give such a name, or --num for many")
     if a.num is not None and not a.out:
         raise UserError(f"--num {a.num} needs --out FOLDER")
-    if a.export and not a.export.endswith(".safetensors"):
-        raise UserError(f"--export {a.export}: the file is a .safetensors one; give such a name")
     if a.shift is not None:
         try:
             shift_times(TRANSPORTS[config["train"]["transport"]], torch.ones(1), a.shift)
@@ -416,15 +415,17 @@ def main(argv=None):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
     model, row, config = load(path)
+    if a.export:
+        if not a.export.endswith(".safetensors"):
+            raise UserError(f"--export {a.export}: the file is a .safetensors one; give such a name")
+        save(Path(a.export), model.state_dict(), config)
+        print(f"{a.export}: {sum(p.numel() for p in model.parameters()):,} parameters of {path}")
+        return
     bench = read_bench(a) if a.bench else None
     prompts = [text for text, *_ in bench] if bench else read_prompts(a, path, config)
     if bench and "text" not in config["data"]:
         raise UserError(f"--bench {a.bench}: {path} was trained on classes, not on texts")
     classes, options = check_arguments(a, path, config, prompts)
-    if a.export:
-        save(Path(a.export), model.state_dict(), config)
-        print(f"{a.export}: {sum(p.numel() for p in model.parameters()):,} parameters of {path}")
-        return
     if prompts:
         options["texts"] = encode_prompts(prompts, config, a.device, a.text_encoder)
     model.to(a.device)
@@ -610,7 +611,9 @@ def draw_bench(model, row, config, a, path, bench, options, decode) -> None:
             for part in parts:
                 if todo := [k for k in part if not last[k].exists()]:
                     index = [k * each + i for k in todo for i in range(each)]
-                    pixels = decode(latents(model, row, config, index, a.seed, n, numbers, **options))
+                    few = [index[s : s + a.batch] for s in range(0, len(index), a.batch)]
+                    draw = lambda part, n=n: decode(latents(model, row, config, part, a.seed, n, numbers, **options))
+                    pixels = np.concatenate([draw(part) for part in few])
                     pixels = pixels.reshape(len(todo), each, *pixels.shape[1:])
                     writes += [pool.submit(write_bench, a.bench, last[k], p, bench[k][2]) for k, p in zip(todo, pixels)]
                 bar.update(len(part))

@@ -86,6 +86,8 @@ class Config:
     patch: int = opt(2, "pixels or latent places per token side")
     shared_time: bool = opt(False, "ablation: one time encoder for t and t - r")
     interval_attention: bool = opt(True, "attention sees t - r")
+    caption_mask: bool = opt(True, "captions' padding is not seen; the released text weights see it")
+    rope_layout: str = opt("grid", "token places off the square, see model.rope_table", ("grid", "released"))
     # objective
     transport: str = opt("tim", "row of transition.TRANSPORTS", tuple(TRANSPORTS))
     share_diffusion: float = opt(0.5, "share of samples with r = t")
@@ -166,7 +168,7 @@ PRESETS = {
     "imagenet_xl_512_guided": replace(IMAGENET, **(LATENT_512 | GUIDED)),
     "t2i_xl": replace(
         IMAGENET, **LATENT_512 | dict(data="latents/t2i", classes=0, guidance=2.5), text_encoder=data.GEMMA,
-        caption=1152, time_mean=0.0, time_std=1.6, steps=500_000, batch=2048, accumulate=2, lr=4e-4,
+        caption=1152, time_mean=0.0, time_std=1.6, shift=256, steps=500_000, batch=2048, accumulate=2, lr=4e-4,
     ),
 }  # fmt: skip
 FREE = set(  # what a resumed run may change
@@ -588,8 +590,8 @@ def network_of(cfg: Config, shape, classes: int, features=(0, 0), caption: int =
     if not (classes or caption):
         rule = "give a set with one folder per class, or captions.jsonl"
         raise UserError(f"--data {cfg.data} has neither classes nor captions to learn; {rule}")
-    if caption and cfg.caption not in (0, caption):
-        rule = f"--text_encoder {cfg.text_encoder} gives {caption}"
+    if cfg.caption not in (0, caption):
+        rule = f"--text_encoder {cfg.text_encoder} gives {caption}" if caption else f"--data {cfg.data} has no captions"
         raise UserError(f"--caption {cfg.caption}: {rule}; change either")
     switches = dict(shared_time=cfg.shared_time, interval_attention=cfg.interval_attention)
     if cfg.align:
@@ -599,6 +601,10 @@ def network_of(cfg: Config, shape, classes: int, features=(0, 0), caption: int =
             raise UserError(f"--align: {rule}; encode them with another --grid, or choose another --align_depth")
         switches["projector"] = [cfg.align_depth, 2048, features[1]]
     switches |= dict(caption=caption) if caption else dict(classes=classes)
+    if caption and not cfg.caption_mask:
+        switches["caption_mask"] = False
+    if cfg.rope_layout != "grid":
+        switches["rope_layout"] = cfg.rope_layout
     return dict(channels=shape[0], patch=cfg.patch, **SIZES[cfg.size], **switches)
 
 
@@ -626,8 +632,12 @@ def build(cfg: Config, network: dict, device, bf16: bool):
 def start_from(model, path: str) -> None:
     """--init: weights of a run or file. With another number of classes the table's class rows start fresh (the last
     row, no class, is kept); everything else must fit."""
-    state, table = load(path)[0].state_dict(), "y_embedder.embedding_table.weight"
-    fresh = model.state_dict()
+    old, table = load(path)[0], "y_embedder.embedding_table.weight"
+    for name in ("caption_mask", "rope_layout") if old.classes is None else ():
+        if (was := getattr(old, name)) != getattr(model, name):
+            way = "--no-caption_mask" if name == "caption_mask" and not was else f"--{name} {was}"
+            raise UserError(f"--init {path}: was trained with {name} {was}; give {way}")
+    state, fresh = old.state_dict(), model.state_dict()
     if table in state and table in fresh and state[table].shape[0] != fresh[table].shape[0]:
         state[table] = torch.cat([fresh[table][:-1], state[table][-1:]])
     state = {k: v for k, v in state.items() if k in fresh or not k.startswith("projector.")}
@@ -685,7 +695,8 @@ def train(cfg: Config) -> None:
 
 def read_texts(cfg: Config, source, device):
     """The captions of a set and the prompts of its sample grids, as data.Texts; puts both into the set's spec."""
-    encode, source.spec["text"] = data.load_text_encoder(cfg.text_encoder, device)
+    encode, source.spec["text"] = data.load_text_encoder(cfg.text_encoder, device, whole=not cfg.caption_mask)
+    source.spec["text"]["captions"] = source.captions.digest()
     texts = data.Texts(source.captions, encode, device, CAPTION_STEP if cfg.compile else 1)
     some = np.linspace(0, texts.null - 1, min(10, texts.null)).astype(int)
     prompts = source.spec.setdefault("prompts", [source.captions[i][:1000] for i in some])
@@ -728,6 +739,11 @@ def run_training(cfg: Config, device) -> None:
         what = f"{len(buckets)} buckets about " if buckets else ""
         what = f"{weights:,} parameters, {len(source.labels):,} pictures {what}{source.spec['shape']}, {world} x {name}"
         print(f"{run}: {what}, {'bf16' if bf16 else 'fp32'}, h = {h:g}, from update {begin}", flush=True)
+        unit, epochs = cfg.batch // cfg.mix, cfg.steps * cfg.batch / len(source.labels)
+        rare = [c for c in getattr(source, "counts", ()) if c * epochs < unit]
+        if rare:
+            what = f"{sum(rare)} pictures in {len(rare)} buckets fill no batch of {unit} in {epochs:.3g} epochs"
+            print(f"{what} and are never seen; use a larger --mix or leave them out", flush=True)
     log = Log(run, cfg, row, device, begin, first)
     slots = [rank * cfg.accumulate + k for k in range(cfg.accumulate)]
     of = world * cfg.accumulate

@@ -295,7 +295,7 @@ def test_odd_pictures_are_turned_kept_or_listed_with_a_reason(place, tmp_path, c
 def test_buckets_of_the_authors_files_are_kept(place, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    named = {"a.png": "64-56x72", "b.png": "64-72x56", "c.png": "128-128x128", "d.png": None}
+    named = {"a.png": "64-56x72", "b.png": "64-72x56", "c.png": "128-128x128", "d.png": None, "e.png": "64-44x92"}
     with (folder / "captions.jsonl").open("w") as lines:
         for name, bucket in named.items():
             Image.new("RGB", (80, 80)).save(folder / name)
@@ -304,8 +304,21 @@ def test_buckets_of_the_authors_files_are_kept(place, tmp_path):
     out = native(tmp_path, tmp_path / "set", "--autoencoder", place / "dc")
     meta = json.loads((out / "meta.json").read_text())
     assert meta["buckets"] == [[56, 72, 1], [64, 64, 1], [72, 56, 1]]
-    ((name, why),) = meta["skipped"]
-    assert name == "c.png" and "128x128" in why and data.open_data(str(out)).labels.tolist() == [0, 3, 1]
+    (name, why), (cut, share) = meta["skipped"]
+    assert name == "c.png" and "128x128" in why and cut == "e.png" and "52% of 80x80 would be cut" in share
+    assert data.open_data(str(out)).labels.tolist() == [0, 3, 1]
+
+
+def test_a_picture_that_changed_since_its_header_was_read_is_listed(place, tmp_path):
+    (tmp_path / "pictures/one").mkdir(parents=True)
+    for name in "ab":
+        Image.new("RGB", (40, 160)).save(tmp_path / f"pictures/one/{name}.png")
+    out = native(tmp_path, tmp_path / "set", "--autoencoder", place / "dc")
+    (out / "latents_00000.safetensors").unlink()
+    Image.new("RGB", (160, 40)).save(tmp_path / "pictures/one/b.png")
+    native(tmp_path, out, "--autoencoder", place / "dc")
+    ((name, why),) = json.loads((out / "meta.json").read_text())["shards"][0]["skipped"]
+    assert name == "one/b.png" and "it is 40x160" in why
 
 
 def test_bad_settings_of_buckets_are_refused(place, buckets, tmp_path):
@@ -313,6 +326,10 @@ def test_bad_settings_of_buckets_are_refused(place, buckets, tmp_path):
                         ("begun with", ["--size", 128])):  # fmt: skip
         with pytest.raises(UserError, match=match):
             native(place, buckets if match == "begun with" else tmp_path / "set", *more)
+    shutil.copytree(buckets, tmp_path / "begun")
+    with pytest.raises(UserError, match="begun with --native"):                 # or squares would fill its shards
+        data.main(["encode", "--images", str(place / "pictures"), "--out", str(tmp_path / "begun"), "--size", "64",
+                   "--autoencoder", str(place / "dc"), "--patch", "2", "--shard", "4", "--device", "cpu"])  # fmt: skip
     with pytest.raises(UserError, match=r"--patch 3: .* must be a multiple"):
         train.network_of(train.Config(patch=3), (4, 33, 33), 3, buckets=[[16, 64]])
 
@@ -583,6 +600,9 @@ def test_dpg_and_mjhq_layouts(writer, tmp_path, monkeypatch, capsys):
     sample.main([*line, "dpg", "--prompts", folder, "--out", out, "--size", "16x16"])
     assert layout(tmp_path / "dpg") == {"partiprompts12.png", "7.png"}
     assert Image.open(tmp_path / "dpg/7.png").size == (32, 32)
+    few = str(tmp_path / "few")                                                 # one at a time: the same pictures
+    sample.main([*line, "dpg", "--prompts", folder, "--out", few, "--size", "16x16", "--batch", "1"])
+    assert np.asarray(Image.open(f"{few}/7.png")).tolist() == np.asarray(Image.open(f"{out}/7.png")).tolist()
     table = {"k1": dict(category="animals", prompt="a cat"), "k2": dict(category="food", prompt="Brot & Öl")}
     (tmp_path / "meta_data.json").write_text(json.dumps(table))
     mjhq = [*line, "mjhq", "--prompts", str(tmp_path / "meta_data.json"), "--out", str(tmp_path / "mjhq")]

@@ -292,7 +292,9 @@ def test_gemma_from_pictures_to_pictures(folder, gemma, tmp_path, capsys):
     assert "7 broken lines are skipped" in capsys.readouterr().err
     path = run(tmp_path, "--data", tmp_path / "set", "--text_encoder", gemma, "--patch", 2)
     config = json.loads(next((path / "checkpoints").glob("*/config.json")).read_text())
-    assert config["data"]["text"] == dict(encoder=str(gemma), length=256, width=20) and config["model"]["caption"] == 20
+    text = config["data"]["text"]
+    assert len(text.pop("captions")) == 16 and text == dict(encoder=str(gemma), length=256, width=20)
+    assert config["model"]["caption"] == 20
     assert len(losses(path)) == 4 and (path / "samples/step_00000020.png").is_file()
     out = tmp_path / "grid.png"
     argv = ["--checkpoint", path, "--steps", 1, 2, "--guidance", 1.5, "--device", "cpu", "--out"]
@@ -311,6 +313,10 @@ def test_gemma_from_pictures_to_pictures(folder, gemma, tmp_path, capsys):
     assert "give --num 101" in fails(sample.main, [*argv, out, "--prompts_file", tmp_path / "long.txt"], capsys)
     assert "no text in UTF-8" in fails(sample.main, [*argv, out, "--prompts_file", tmp_path / "none"], capsys)
     assert "no such folder" in fails(sample.main, [*argv, out, "--text_encoder", tmp_path / "none"], capsys)
+    captions = (tmp_path / "set/captions.jsonl").read_text()
+    (tmp_path / "set/captions.jsonl").write_text(captions.replace("picture 5", "picture X"))
+    again = ["--data", tmp_path / "set", "--text_encoder", gemma, "--patch", 2, "--runs", tmp_path, "--name", "run"]
+    assert "data text" in fails(train.main, [*FAST, *again], capsys)            # other captions are another set
     (tmp_path / "set/captions.jsonl").write_text('{"image_file": "0.png", "captions": "a"}\n')
     assert "1 captions for 12 pictures" in fails(train.main, ["--data", tmp_path / "set"], capsys)
 
@@ -325,10 +331,20 @@ def test_released_text_weights_sample_with_a_local_gemma(gemma, tmp_path, capsys
     out = tmp_path / "out.safetensors"
     argv = ["--checkpoint", tmp_path / "t2i_model.bin", "--steps", 1, "--save_latents", "--out", out, "--device", "cpu"]
     assert "say what: --prompts" in fails(sample.main, argv, capsys)
+    assert "give --data" in fails(evaluate.main, ["captions", *argv[:2]], capsys)
+    sample.main([*map(str, argv[:2]), "--export", str(tmp_path / "out.safetensors")])
+    assert load_file(tmp_path / "out.safetensors").keys() == model.state_dict().keys()
+    network = dict(model.state_dict()), dict(config["model"])
+    for flags, rule in (([], "--no-caption_mask"), (["--no-caption_mask"], "--rope_layout released")):
+        cfg, _ = train.parse_config(["--config", "emoji", *flags])
+        fresh = TiM(**network[1] | dict(caption_mask=cfg.caption_mask, rope_layout=cfg.rope_layout))
+        with pytest.raises(UserError, match=rule):
+            train.start_from(fresh, str(tmp_path / "t2i_model.bin"))
     sample.main([*map(str, argv), "--text_encoder", str(gemma), "--prompts", "red apple", "sun"])
     found = load_file(out)["steps_1"]
-    encode, _ = data.load_text_encoder(str(gemma))
+    encode, _ = data.load_text_encoder(str(gemma), whole=True)
     features, mask = encode(["red apple", "sun", ""])                           # unmasked: padding is seen, as trained
+    assert features.shape[1] == 256
     z = sample.initial_noise(config["data"]["shape"], 0, range(2))
     y, null = (features[:2], mask[:2]), (features[[2, 2]], mask[[2, 2]])
     torch.testing.assert_close(found, sample.generate(model, row, z, y, 1, 2.5, null=null), atol=1e-4, rtol=1e-4)
@@ -344,6 +360,14 @@ def test_prompts_are_refused_by_a_network_of_classes(golden_model, tmp_path, cap
 def test_noise_with_captions_drives_a_preset(tmp_path):
     path = run(tmp_path, *"--data random --channels 4 --side 4 --patch 2 --steps 5 --guide_gt 2".split())
     assert losses(path)[5] > 0 and (path / "samples/step_00000005.png").is_file()
+
+
+def test_a_text_preset_needs_captions():
+    with pytest.raises(UserError, match="--caption 1152: .* has no captions"):
+        train.network_of(train.PRESETS["t2i_xl"], (32, 16, 16), 1000)
+    cfg, _ = train.parse_config(["--config", "t2i_xl", "--no-caption_mask", "--rope_layout", "released"])
+    network = train.network_of(cfg, (32, 16, 16), 0, caption=1152)
+    assert not network["caption_mask"] and network["rope_layout"] == "released"
 
 
 def test_the_full_preset_is_the_released_network(capsys):
