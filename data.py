@@ -50,7 +50,7 @@ TILED = 1024**2  # pixels of a picture beyond which it is decoded in tiles
 NAMED = 0.25  # share of a picture that a bucket named in captions.jsonl may cut away
 SLACK = 0.045  # areas of buckets lie this near to the base area, so tokens of two batches differ by less than 10%
 GEMMA = "google/gemma-3-1b-it"  # the text encoder of the released weights
-BYTES = dict(encoder="bytes", length=64, width=128)  # the one that needs no download, see `hash_words`
+BYTES = dict(encoder="bytes", length=64, width=128)  # the one that needs no download, see `sample.hash_words`
 TABLE = 4096  # captions up to here are encoded once and kept on the device, more of them batch by batch
 
 
@@ -267,101 +267,6 @@ class Captions:
         """The number of one of each picture's captions."""
         first = np.where(picture > 0, self.ends[picture - 1], 0)
         return first + chance.integers(self.ends[picture] - first)
-
-
-class Texts:
-    """Caption numbers to what the network sees of them: (B,) int64 -> features (B, L, F), mask (B, L) bool.
-
-    Of up to TABLE captions the features are worked out once, here; of more, `fetch` does so for each coming batch.
-    """
-
-    def __init__(self, captions: Captions, encode, device, multiple: int = 1):
-        self.captions, self.encode, self.device, self.null = captions, encode, device, captions.null
-        self.multiple = multiple                                                # of L: compiled code wants few lengths
-        self.whole = captions.null <= TABLE
-        if self.whole:
-            self.gather(range(captions.null + 1))
-            self.encode = None                                                  # lets go of the encoder
-
-    def fetch(self, y) -> None:
-        if not self.whole:
-            self.gather(sorted({*y.tolist(), self.null}))
-
-    def gather(self, numbers) -> None:
-        slot, texts = {}, [self.captions[i] for i in numbers]
-        rows = [slot.setdefault(text, len(slot)) for text in texts]             # equal captions share a row
-        self.numbers, self.rows = (torch.tensor(list(v), device=self.device) for v in (numbers, rows))
-        features, mask = (v.to(self.device) for v in self.encode(list(slot)))
-        more = -mask.shape[1] % self.multiple
-        self.features, self.mask = F.pad(features, (0, 0, 0, more)), F.pad(mask, (0, more))
-
-    def __call__(self, y):
-        row = self.rows[torch.searchsorted(self.numbers, y)]
-        return self.features[row], self.mask[row]
-
-
-@lru_cache(maxsize=2**16)
-def hash_word(word: str) -> np.ndarray:
-    """A fixed vector (BYTES width,) of normals for a word: a quarter its own, the rest of its runs of 3 bytes, so that
-    like words look alike: kernel regression from names to emoji found unseen ones best so."""
-    raw = f"<{word}>".encode()
-    pieces = [raw] + [raw[i : i + 3] for i in range(min(max(1, len(raw) - 2), 64))]
-    bits = [np.frombuffer(hashlib.shake_256(piece).digest(2 * BYTES["width"]), "<u2") for piece in pieces]
-    v = NORMAL[np.stack(bits)]
-    return 0.25**0.5 * v[0] + (0.75 / len(v[1:])) ** 0.5 * v[1:].sum(0)
-
-
-def hash_words(captions: list[str]) -> tuple[Tensor, Tensor]:
-    """The encoder without weights: a caption is a mark and its words, each a hash of its letters, whatever its case."""
-    lists = [["", *re.findall(r"\w+|[^\w\s]", text.casefold())[: BYTES["length"] - 1]] for text in captions]
-    length = np.array([len(words) for words in lists])
-    features = np.zeros((len(lists), length.max(), BYTES["width"]), np.float32)
-    for row, words in zip(features, lists):
-        row[: len(words)] = [hash_word(word) for word in words]
-    return torch.from_numpy(features), torch.from_numpy(np.arange(length.max()) < length[:, None])
-
-
-def load_text_encoder(name: str, device="cpu", length: int = 256, whole: bool = False):
-    """A frozen text encoder: list of str -> features (n, L, F), mask (n, L) bool; and its part of a spec.
-
-    name    "bytes", or a folder or hub name of transformers (an encoder-decoder gives its encoder). The last hidden
-            state, in bf16 on GPUs that have it; padded on the right and cut to the longest caption at hand, at most
-            `length` tokens; no chat template.
-    whole   pad to `length`, so that a network that sees the padding too sees the same whatever else is encoded.
-    raises  UserError that says what to install or to download.
-    """
-    if name == "bytes":
-        return hash_words, dict(BYTES)
-    flag, place = f"--text_encoder {name}", os.path.abspath(name) if os.path.isdir(name) else name
-    try:
-        if place.startswith((".", "/", "~")) and not os.path.isdir(place):
-            raise UserError(f"{flag}: there is no such folder")
-        fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        net = load_network("transformers", flag, place, device, torch.bfloat16 if fast else torch.float32)
-        tokenizer = load_network("transformers", flag, place, tokenizer=True)
-    except UserError as error:
-        hub = name if "/" in name.strip("/.") and not os.path.isabs(name) else GEMMA
-        way = f"pip install transformers, `hf download {hub} --local-dir FOLDER`, then --text_encoder FOLDER"
-        raise UserError(f"{error}. {way}; 'bytes' needs nothing, for a network trained with it") from error
-    net = net.get_encoder() if net.config.is_encoder_decoder else net
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
-    length = min(length, tokenizer.model_max_length, getattr(net.config, "max_position_embeddings", length))
-
-    none = "" if tokenizer("")["input_ids"] else tokenizer.pad_token            # some have no mark of the beginning
-
-    @torch.no_grad()
-    def encode(captions):
-        captions = [text or none for text in captions]
-        how = dict(padding="max_length" if whole else True, truncation=True, max_length=length)
-        tokens = tokenizer(captions, **how, return_tensors="pt").to(device)
-        parts = [{k: v[i : i + 64] for k, v in tokens.items()} for i in range(0, len(captions), 64)]
-        return torch.cat([net(**part).last_hidden_state for part in parts]), tokens["attention_mask"].bool()
-
-    try:
-        return encode, dict(encoder=place, length=length, width=encode([""])[0].shape[2])
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{flag}: gives no last hidden state of a text ({error}); give a text model") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

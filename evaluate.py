@@ -759,7 +759,7 @@ def plain_jvp(net, row, x, eps, t, r, y):
 
 
 class NoiseTexts:
-    """Stands for data.Texts where only the time counts: random features (B, L, F) of L real tokens each."""
+    """Stands for sample.Texts where only the time counts: random features (B, L, F) of L real tokens each."""
 
     def __init__(self, length: int, width: int, device):
         self.features, self.null = torch.randn(1, length, width, device=device), 1
@@ -896,7 +896,7 @@ def speed_tables(a, cfg, device):
         spec = data.open_data(cfg.data, shape, classes).spec
         shape, classes = tuple(spec["shape"]), len(spec["classes"])
     if not (classes or caption):
-        length, caption = (data.load_text_encoder(cfg.text_encoder)[1][k] for k in ("length", "width"))
+        length, caption = (sample.load_text_encoder(cfg.text_encoder)[1][k] for k in ("length", "width"))
     network = train.network_of(cfg, shape, classes, caption=caption)
     texts = NoiseTexts(length, caption, device) if caption else None
     torch.manual_seed(cfg.seed)

