@@ -840,7 +840,7 @@ def claim(file: Path, plan: dict) -> None:
     if not file.is_file():
         write_text(file, json.dumps(plan, indent=1))
     old = json.loads(file.read_text())
-    for key in sorted(old.keys() | plan.keys()):
+    for key in plan | old:
         was, now = old.get(key), plan.get(key)
         if was != now:
             if key == "buckets" and not (was and now):
