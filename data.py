@@ -73,13 +73,13 @@ def rng(*key: int, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
-def in_threads(function, jobs, threads: int, ahead: int = 64):
-    """function(*job) of each job, in order, worked out in threads while up to `ahead` jobs wait to be asked for."""
+def in_threads(function, jobs, threads: int, ahead: int = 0):
+    """function(*job) of each job, in order, from threads that work up to `ahead` jobs ahead (or 4 per thread)."""
     with ThreadPoolExecutor(threads) as pool:
         queue = deque()
         for job in jobs:
             queue.append(pool.submit(function, *job))
-            if len(queue) >= ahead:
+            if len(queue) >= (ahead or 4 * threads):
                 yield queue.popleft().result()
         yield from (future.result() for future in queue)
 
@@ -169,12 +169,11 @@ def open_picture(entry, upright: bool = False) -> Image.Image:
 def upright_size(entry) -> list[int] | str:
     """[height, width] as EXIF turns it, from the header alone, or the reason why there is none."""
     for most in (2**16, -1):                            # some formats keep their header at the end
+        raw = read_bytes(entry, most)
         try:
-            with Image.open(io.BytesIO(read_bytes(entry, most))) as picture:
+            with Image.open(io.BytesIO(raw)) as picture:
                 turned = picture.format != "TIFF" and Image.Image.getexif(picture).get(0x0112, 1) > 4
                 return [*picture.size] if turned else [picture.height, picture.width]
-        except UserError:
-            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
     return reason
@@ -358,7 +357,7 @@ class Pixels:
 
 
 class PictureFiles:
-    """Files of any format and size, opened when asked for: uint8 (B, 3, side, side)."""
+    """Pictures in files or tars, opened when they are asked for: `files[index]` is uint8 (B, 3, side, side)."""
 
     def __init__(self, files, side):
         self.files, self.side = files, side
@@ -367,13 +366,10 @@ class PictureFiles:
         return len(self.files)
 
     def __getitem__(self, index):
-        return np.stack([self.picture(*self.files[i]) for i in index])
-
-    def picture(self, name, file, *place):
         try:
-            return crop(open_picture((name, file, *place)), self.side)
+            return np.stack([crop(open_picture(file := self.files[i]), self.side) for i in index])
         except ValueError as error:
-            raise UserError(f"{file}: {name} is no picture that opens ({error}); remove it or mend it") from error
+            raise UserError(f"{file[1]}: {file[0]} is no picture that opens ({error}); remove it or mend it") from error
 
 
 class Latents:
@@ -383,15 +379,16 @@ class Latents:
         meta = json.loads((folder / "meta.json").read_text())
         known = ("kind", "autoencoder", "scale", "shift", "shape", "classes", "factor")
         self.spec = {k: meta[k] for k in known if k in meta}
-        self.moments, self.shards, self.features = meta["moments"], meta["shards"], None
+        added = meta.get("features", {}).get("shards", [])
+        self.moments, self.shards, self.features = meta["moments"], meta["shards"] + added, None
         rows = lambda shards, name: Rows([folder / shard["file"] for shard in shards], name)
-        of = groupby(self.shards, key=lambda shard: shard.get("bucket"))        # a set of squares is one bucket
+        of = groupby(meta["shards"], key=lambda shard: shard.get("bucket"))     # a set of squares is one bucket
         self.buckets = [rows(shards, "latents") for _, shards in of]
         counts = [int(bucket.ends[-1]) for bucket in self.buckets]
         self.ends = np.cumsum(counts)
         if "buckets" in meta:
             self.counts, self.spec["buckets"] = counts, [list(bucket.shape[-2:]) for bucket in self.buckets]
-        labels = [safe_open(folder / shard["file"], "numpy").get_tensor("labels") for shard in self.shards]
+        labels = [safe_open(folder / shard["file"], "numpy").get_tensor("labels") for shard in meta["shards"]]
         self.labels = np.concatenate(labels)
         if not len(self.labels) == self.ends[-1] == meta["count"]:
             raise UserError(f"{folder}: {len(self.labels)} labels, meta.json counts {meta['count']}; encode it again")
@@ -401,8 +398,6 @@ class Latents:
                 rule = f"{len(records)} captions for {meta['pictures']} pictures"
                 raise UserError(f"{folder / 'captions.jsonl'}: {rule}; put back the one that encode wrote")
             self.captions = Captions([record["captions"] for record in records.values()])
-        added = meta.get("features", {}).get("shards", [])
-        self.shards += added
         if features and added:
             self.features = rows(added, "features")
             if (self.features.ends != self.buckets[0].ends).any():
@@ -428,9 +423,8 @@ class LatentFiles:
     """The authors' layout: a safetensors file per picture with its latent [2, C, h, w] (picture, mirror) and label."""
 
     def __init__(self, folder):
-        self.folder = str(folder)
         found = (os.path.join(p, n) for p, _, names in os.walk(folder) for n in names if n.endswith(".safetensors"))
-        self.files = np.array(sorted(os.fsencode(os.path.relpath(f, folder)) for f in found))  # packed: a million fit
+        self.files = np.array(sorted(map(os.fsencode, found)))                  # packed: a million fit
         some = np.stack([self.open(i)[0] for i in range(0, len(self.files), max(1, len(self.files) // 256))])
         known = {channels: (name, scale) for name, (_, channels, scale) in AUTOENCODERS.items()}
         if some.shape[2] not in known:
@@ -443,7 +437,7 @@ class LatentFiles:
         self.spec["classes"] = [str(i) for i in range(self.labels.max() + 1)]
 
     def open(self, i) -> tuple[np.ndarray, int]:
-        path = os.path.join(self.folder, os.fsdecode(self.files[i]))
+        path = os.fsdecode(self.files[i])
         try:
             tensors = load_file(path)
             (latent,), (label,) = ([v for v in tensors.values() if (v.ndim == 4) == k] for k in (True, False))
@@ -617,10 +611,8 @@ def unit_order(counts: tuple[int, ...], unit: int, seed: int, epoch: int) -> lis
     return [units[i] for i in np.random.default_rng((seed, epoch)).permutation(len(units))]
 
 
-def bucket_positions(
-    counts: tuple[int, ...], batch: int, seed: int, step: int, slot: int, slots: int, mix: int = 1
-) -> np.ndarray:
-    """`positions` of a set of buckets, which lie one after the other: all of a slot's pictures are of one bucket.
+def bucket_positions(counts, batch: int, seed: int, step: int, slot: int, slots: int, mix: int = 1) -> np.ndarray:
+    """`positions` of a set of buckets of `counts` pictures, one after the other; a slot's are all of one bucket.
 
     A step is `mix` units of one bucket each, and a unit is shared by slots / mix slots, so a step has the same pictures
     on any number of slots. Each bucket walks through all its pictures in a new order each time; over the epochs the
@@ -675,10 +667,7 @@ def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 
 
 def to_pixels(spec: dict, x: Tensor) -> np.ndarray:
     """Network space (B, C, H, W) back to uint8 pictures (B, H, W, C); of latents a glance at the first channels."""
-    if spec["kind"] != "pixels":
-        x = x[:, :3] * 40 + 128
-    else:
-        x = x * spec["std"] + spec["mean"]
+    x = x * spec["std"] + spec["mean"] if spec["kind"] == "pixels" else x[:, :3] * 40 + 128
     return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -689,8 +678,7 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 def grid(rows: np.ndarray, gap: int = 2, scale: int = 1, names: list[str] = ()) -> Image.Image:
     """uint8 (rows, columns, H, W, C) to one picture, white gaps between, each pixel `scale` wide, names below."""
     r, c, h, w, k = rows.shape
-    sheet = np.full((r, h + gap, c, w + gap, k), 255, np.uint8)
-    sheet[:, :h, :, :w] = rows.transpose(0, 2, 1, 3, 4)
+    sheet = np.pad(rows, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255).transpose(0, 2, 1, 3, 4)
     sheet = sheet.reshape(r * (h + gap), c * (w + gap), k)[: r * (h + gap) - gap, : c * (w + gap) - gap]
     sheet = to_image(sheet.repeat(scale, 0).repeat(scale, 1))
     if not names:
@@ -861,17 +849,17 @@ def claim(file: Path, plan: dict) -> None:
 
 def finish(out: Path, shards: int) -> dict | None:
     """Write meta.json from the shards' own records, if all are there; whoever comes last does so with effect."""
-    meta = json.loads((out / "plan.json").read_text())
+    records = {}
     for kind in ("latents", "features"):
         files = [out / f"{kind}_{k:05}.safetensors" for k in range(shards)]
         if all(f.is_file() for f in files):
-            records = [dict(file=f.name) | json.loads(safe_open(f, "numpy").metadata()["tim"]) for f in files]
-            if kind == "latents":
-                meta |= dict(count=sum(r["count"] for r in records), shards=records)
-            else:
-                meta["features"] = json.loads((out / "features.json").read_text()) | dict(shards=records)
-    if "count" not in meta:
+            records[kind] = [dict(file=f.name) | json.loads(safe_open(f, "numpy").metadata()["tim"]) for f in files]
+    if "latents" not in records:
         return None
+    meta = json.loads((out / "plan.json").read_text())
+    meta |= dict(count=sum(shard["count"] for shard in records["latents"]), shards=records["latents"])
+    if "features" in records:
+        meta["features"] = json.loads((out / "features.json").read_text()) | dict(shards=records["features"])
     write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
 
@@ -890,10 +878,11 @@ def plan_buckets(a, step: int, files, captions, sizes) -> tuple[dict, list]:
                 raise ValueError(size)
             (h, w), named = size, captions and re.search(r"(\d+)x(\d+)$", str(captions[i].get("bucket", "")))
             bucket = (int(named[1]), int(named[2])) if named else table[np.abs(ratios - math.log(h / w)).argmin()]
-            area, cut = bucket[0] * bucket[1] / a.size**2, cut_away(size, bucket)
-            if bucket[0] % step or bucket[1] % step or not abs(area - 1) <= SLACK:
+            area = bucket[0] * bucket[1] / a.size**2
+            if named and (bucket[0] % step or bucket[1] % step or not abs(area - 1) <= SLACK):
                 rule = f"no multiple of {step} with an area within {SLACK:.1%} of {a.size}^2"
                 raise ValueError(f"its bucket {named[0]} is {rule}")
+            cut = cut_away(size, bucket)
             if named and cut > max(bound, NAMED) + 1e-6:
                 raise ValueError(f"{cut:.0%} of {h}x{w} would be cut away by its bucket {named[0]}")
             if not named and cut > bound + 1e-6:
