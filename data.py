@@ -108,7 +108,8 @@ def list_pictures(root) -> list[tuple[str, str, int, int]]:
     A tar stands for a folder of its name, so a tar of one tar per class (ImageNet's) lists like its unpacked tree.
     """
     root, found = Path(root), []
-    for folder, _, names in [(root.parent, [], [root.name])] if root.is_file() else os.walk(root, followlinks=True):
+    walk = [(root.parent, [], [root.name])] if root.is_file() else os.walk(root, followlinks=True)
+    for folder, _, names in walk:
         for name in names:
             path, ending = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             inside = "" if root.is_file() else os.path.relpath(path, root)
@@ -343,10 +344,8 @@ def digest(tensors: dict) -> str:
 class Pixels:
     """Pictures, uint8 (n, C, H, W) in memory or `PictureFiles`, and labels (n,); `sample` of them gives the scale."""
 
-    def __init__(self, name, pixels, labels, classes=(), mirror=False, sample=None):
-        if len(pixels) != len(labels) or not len(pixels):
-            raise UserError(f"{name}: {len(pixels)} pictures and {len(labels)} labels; expected as many, and some")
-        some = pixels[sample or slice(None, None, max(1, len(pixels) // 10000))]
+    def __init__(self, pixels, labels, classes=(), mirror=False, sample=None):
+        some = pixels[sample or slice(None, None, max(1, len(labels) // 10000))]
         self.pixels, self.labels, self.mirror = pixels, labels.astype(np.int64), mirror
         mean, std = float(some.mean()), float(some.std()) or 1.0
         self.spec = dict(kind="pixels", shape=list(some.shape[1:]), mean=mean, std=std, classes=list(classes))
@@ -361,9 +360,6 @@ class PictureFiles:
 
     def __init__(self, files, side):
         self.files, self.side = files, side
-
-    def __len__(self):
-        return len(self.files)
 
     def __getitem__(self, index):
         try:
@@ -472,31 +468,34 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
-def open_idx(path: str, images: Path) -> Pixels:
+def open_idx(images: Path) -> Pixels:
     """MNIST's layout; a set of Fashion-MNIST's size has its classes, any other those of classes.txt, or numbers."""
     labels = sorted(images.parent.glob("train-labels*-ubyte*"))
     if not labels:
         raise UserError(f"{images.parent}: {images.name} has no train-labels-idx1-ubyte beside it")
     pixels, labels = read_idx(images)[:, None], read_idx(labels[0])
+    if len(pixels) != len(labels) or not len(pixels):
+        rule = f"{len(pixels)} pictures and {len(labels)} labels"
+        raise UserError(f"{images.parent}: {rule}; expected as many, and some")
     names = json.loads((DEMO / "fashion.json").read_text())["classes"] if len(pixels) == 60000 else None
-    return Pixels(path, pixels, labels, names or class_names(images.with_name("classes.txt"), int(labels.max()) + 1))
+    return Pixels(pixels, labels, names or class_names(images.with_name("classes.txt"), int(labels.max()) + 1))
 
 
-def open_cifar(path: str, parts: list[Path]) -> Pixels:
+def open_cifar(parts: list[Path]) -> Pixels:
     """CIFAR-10's binary layout: a byte of label and 3 x 32 x 32 of picture, again and again."""
     raw = np.concatenate([np.fromfile(part, np.uint8) for part in parts])
-    if len(raw) % 3073:
+    if not len(raw) or len(raw) % 3073:
         rule = f"data_batch_*.bin hold {len(raw)} bytes, no multiple of 3073"
         raise UserError(f"{parts[0].parent}: {rule}; fetch them again")
     raw, names = raw.reshape(-1, 3073), class_names(parts[0].with_name("batches.meta.txt"), 10)
-    return Pixels(path, raw[:, 1:].reshape(-1, 3, 32, 32), raw[:, 0], names, mirror=True)
+    return Pixels(raw[:, 1:].reshape(-1, 3, 32, 32), raw[:, 0], names, mirror=True)
 
 
-def open_folder(path: Path, side: int) -> Pixels:
+def open_folder(folder: Path, side: int) -> Pixels:
     """Pictures of any format, a folder or tar per class, or with captions.jsonl, opened when they are asked for."""
-    files, classes, labels, lines = find_pictures(path)
+    files, classes, labels, lines = find_pictures(folder)
     some = range(0, len(files), max(1, len(files) // 256))[:256]
-    data = Pixels(path, PictureFiles(files, side or 64), labels, classes, mirror=not lines, sample=some)
+    data = Pixels(PictureFiles(files, side or 64), labels, classes, mirror=not lines, sample=some)
     if lines:                                           # and no mirror images: a caption may tell left from right
         data.captions = Captions([line["captions"] for line in lines])
     return data
@@ -511,7 +510,7 @@ def demo() -> Pixels:
     info = json.loads((DEMO / "fashion.json").read_text())
     sprite = np.asarray(Image.open(DEMO / "fashion.png"))
     pixels = sprite.reshape(100, 28, 100, 28).transpose(0, 2, 1, 3).reshape(10000, 1, 28, 28)
-    return Pixels("demo", pixels, np.array(list(map(int, info["labels"]))), info["classes"])
+    return Pixels(pixels, np.array(list(map(int, info["labels"]))), info["classes"])
 
 
 def emoji(held_out: bool = False) -> Pixels:
@@ -524,7 +523,7 @@ def emoji(held_out: bool = False) -> Pixels:
     pixels = sprite.reshape(25, 32, 64, 32, 3).transpose(0, 2, 4, 1, 3).reshape(1600, 3, 32, 32)
     records = list(info["name, emoji, group"])
     kept = [i for i, (name, *_) in enumerate(records) if (name in info["held_out"]) == held_out]
-    data = Pixels("emoji", pixels[kept], np.arange(len(kept)))
+    data = Pixels(pixels[kept], np.arange(len(kept)))
     data.records = [records[i] for i in kept]
     data.captions = Captions([[name] for name, *_ in data.records])
     data.spec["prompts"] = "red apple|blue heart|sun|cat face|panda|orange heart|purple circle|green square".split("|")
@@ -559,9 +558,9 @@ def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", fe
         done = len(list(folder.glob("latents_*.safetensors")))
         raise UserError(f"--data {path}: encoding stopped after {done} shards; run the same data.py encode again")
     elif images := sorted(folder.glob("train-images*-ubyte*")):
-        data = open_idx(path, images[0])
+        data = open_idx(images[0])
     elif parts := sorted(folder.glob("data_batch_*.bin")):
-        data = open_cifar(path, parts)
+        data = open_cifar(parts)
     elif next((e for e in endings if e in PICTURES | {".safetensors", ".tar"}), "") == ".safetensors":
         data = LatentFiles(folder)
     else:
@@ -950,7 +949,7 @@ def open_cropped(file, size, upright: bool):
             raise ValueError(f"it is {picture.height}x{picture.width}, its header or an older file said otherwise")
         return crop(picture, *size), dict(decode=opened - began, resize=time.thread_time() - opened)
     except ValueError as error:
-        return str(error), dict(decode=time.thread_time() - began)
+        return str(error), dict(decode=time.thread_time() - began, resize=0.0)
 
 
 def make_shards(a, makers, todo, spent, bar):
@@ -987,7 +986,8 @@ def make_shards(a, makers, todo, spent, bar):
 
 
 def encode(a) -> None:
-    """Pictures to shards. Each rank takes every world-th shard, so ranks need not talk and no work is done twice."""
+    """Pictures to shards: `plan_set` says what goes into each, `make_shards` fills them, `write_shard` stores one while
+    the next is made, `finish` sums up. Each rank takes every world-th shard, so ranks need not talk."""
     rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(a.out)
     for name in ("size", "batch", "shard", "workers", "grid", "patch"):
         if getattr(a, name) < 1:
@@ -1005,13 +1005,14 @@ def encode(a) -> None:
 
     todo = []
     for k in range(rank, len(shards), world):
-        (size, span), paths = shards[k], {kind: out / f"{kind}_{k:05}.safetensors" for kind in makers}
-        if lacks := {kind: path for kind, path in paths.items() if not path.is_file()}:
+        lacks = {kind: path for kind in makers if not (path := out / f"{kind}_{k:05}.safetensors").is_file()}
+        if lacks:
+            size, span = shards[k]
             todo.append((lacks, size, [(files[i], labels[i]) for i in span]))
     spent, n, began = Counter(), sum(len(pictures) for *_, pictures in todo), time.perf_counter()
     with tqdm(total=n, unit="img", disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         made = make_shards(a, makers, todo, spent, bar)
-        spent["write"] = sum(in_threads(write_shard, made, threads=1, ahead=1 + len(makers)))  # while the next is made
+        spent["write"] = sum(in_threads(write_shard, made, threads=1, ahead=1 + len(makers)))
     if todo and rank == 0:
         whole, each = time.perf_counter() - began, ", ".join(f"{k} {1000 * v / n:.2f}" for k, v in spent.items())
         print(f"{n / whole:.1f} pictures/s; ms per picture: {each} (decode and resize over {a.workers} threads); "
