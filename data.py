@@ -931,11 +931,11 @@ def plan_set(a, files, classes, labels, captions) -> tuple[dict, list]:
     if captions:
         plan["captions"] = Captions([line["captions"] for line in captions]).digest()
     claim(out / "plan.json", plan)
-    if captions:
-        write_text(out / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in captions))
     if a.features:
         makers["features"] = feature_maker(a.features, a.grid, device, getattr(torch, precision))
         claim(out / "features.json", dict(name=a.features, grid=a.grid, precision=precision))
+    if captions:
+        write_text(out / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in captions))
     return makers, [(size, v[k : k + a.shard]) for size, v in groups.items() for k in range(0, len(v), a.shard)]
 
 
