@@ -27,7 +27,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from itertools import count, islice, zip_longest
+from itertools import count, groupby, product, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,17 @@ def rng(*key: int, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
+def in_threads(function, jobs, threads: int, ahead: int = 0):
+    """function(*job) of each job, in order, from threads that work up to `ahead` jobs ahead (or 4 per thread)."""
+    with ThreadPoolExecutor(threads) as pool:
+        queue = deque()
+        for job in jobs:
+            queue.append(pool.submit(function, *job))
+            if len(queue) >= (ahead or 4 * threads):
+                yield queue.popleft().result()
+        yield from (future.result() for future in queue)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures on disk
 
@@ -97,7 +108,8 @@ def list_pictures(root) -> list[tuple[str, str, int, int]]:
     A tar stands for a folder of its name, so a tar of one tar per class (ImageNet's) lists like its unpacked tree.
     """
     root, found = Path(root), []
-    for folder, _, names in [(root.parent, [], [root.name])] if root.is_file() else os.walk(root, followlinks=True):
+    walk = [(root.parent, [], [root.name])] if root.is_file() else os.walk(root, followlinks=True)
+    for folder, _, names in walk:
         for name in names:
             path, ending = os.path.join(folder, name), os.path.splitext(name)[1].lower()
             inside = "" if root.is_file() else os.path.relpath(path, root)
@@ -128,11 +140,11 @@ def label_pictures(root, names: list[str]) -> tuple[list[str], np.ndarray]:
 def read_bytes(entry, most: int = -1) -> bytes:
     """A picture's file, or its first `most` bytes. A disk that fails is a UserError: a set must not shrink because a
     mount went away."""
-    _, file, offset, size = entry
+    _, file, offset, size = entry                       # both -1: to the end of the file
     try:
         with open(file, "rb") as stream:
             stream.seek(offset)
-            return stream.read(size if most < 0 or 0 <= size < most else most)
+            return stream.read(min((n for n in (size, most) if n >= 0), default=-1))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error}); see to the disk, then run again") from error
 
@@ -158,12 +170,11 @@ def open_picture(entry, upright: bool = False) -> Image.Image:
 def upright_size(entry) -> list[int] | str:
     """[height, width] as EXIF turns it, from the header alone, or the reason why there is none."""
     for most in (2**16, -1):                            # some formats keep their header at the end
+        raw = read_bytes(entry, most)
         try:
-            with Image.open(io.BytesIO(read_bytes(entry, most))) as picture:
+            with Image.open(io.BytesIO(raw)) as picture:
                 turned = picture.format != "TIFF" and Image.Image.getexif(picture).get(0x0112, 1) > 4
                 return [*picture.size] if turned else [picture.height, picture.width]
-        except UserError:
-            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
     return reason
@@ -234,19 +245,22 @@ def read_captions(source: Path) -> dict[str, dict]:
     return found
 
 
-def captioned(images: Path, files: list) -> tuple[list, list | None]:
-    """The pictures that captions.jsonl names and its lines in their order; all and None where there is no such file."""
-    source = images / "captions.jsonl"
+def find_pictures(root) -> tuple[list, list[str], np.ndarray, list | None]:
+    """Pictures of a folder or tar, as (entries of `list_pictures`, class names, labels, lines of captions.jsonl).
+
+    With captions.jsonl: the pictures that it names and their lines, in one order, and no class; without it no lines.
+    """
+    files, source = list_pictures(root), Path(root) / "captions.jsonl"
     if not source.is_file():
-        return files, None
+        return files, *label_pictures(root, [f[0] for f in files]), None
     records = read_captions(source)
     files = [f for f in files if f[0] in records]
     if not files:
-        raise UserError(f"{source} names none of the pictures under {images}; image_file is relative to that folder")
+        raise UserError(f"{source} names none of the pictures under {root}; image_file is relative to that folder")
     if len(files) < len(records) and os.environ.get("RANK", "0") == "0":
         absent = sorted(records.keys() - {f[0] for f in files})
         print(f"{source}: {len(absent)} lines name no picture: {', '.join(absent[:20])}", file=sys.stderr)
-    return files, [records[f[0]] for f in files]
+    return files, [], np.arange(len(files)), [records[f[0]] for f in files]
 
 
 class Captions:
@@ -275,8 +289,8 @@ class Captions:
 NORMAL = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536).float().numpy()  # its quantiles
 
 
-def open_shard(path) -> tuple[int, dict, int]:
-    """A safetensors file as (descriptor, header, where its data begin). raises UserError if missing or cut short."""
+def open_tensor(path, name) -> tuple[int, list[int], int]:
+    """A tensor of a safetensors file as (descriptor, shape, where it begins). raises UserError if missing or cut."""
     try:
         fd = os.open(path, os.O_RDONLY)
         length = int.from_bytes(os.pread(fd, 8, 0), "little")
@@ -286,7 +300,7 @@ def open_shard(path) -> tuple[int, dict, int]:
         raise UserError(f"{path}: no safetensors file that opens ({error}); delete it and encode it again") from error
     if want != (have := os.fstat(fd).st_size):
         raise UserError(f"{path}: has {have} bytes, its header says {want}; delete it and encode it again")
-    return fd, head, 8 + length
+    return fd, head[name]["shape"], 8 + length + head[name]["data_offsets"][0]
 
 
 class Rows:
@@ -299,12 +313,10 @@ class Rows:
     def __init__(self, files, name):
         low, high = resource.getrlimit(resource.RLIMIT_NOFILE)                  # a descriptor per shard
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(low, min(high, 2**16)), high))
-        self.files, (self.fds, heads, bases) = files, zip(*map(open_shard, files))
-        self.shape = heads[0][name]["shape"][1:]
-        self.ends = np.cumsum([head[name]["shape"][0] for head in heads])
-        begins = np.concatenate([[0], self.ends[:-1]])
-        places = [base + head[name]["data_offsets"][0] for base, head in zip(bases, heads)]
-        self.zeros = np.array(places) - begins * 2 * np.prod(self.shape)        # where row 0 would be; float16
+        self.files, (self.fds, shapes, places) = files, zip(*(open_tensor(f, name) for f in files))
+        self.shape, counts = shapes[0][1:], [shape[0] for shape in shapes]
+        self.ends = np.cumsum(counts)
+        self.zeros = np.array(places) - (self.ends - counts) * 2 * np.prod(self.shape)  # where row 0 would be; float16
 
     def read(self, index, half) -> np.ndarray:
         """Half `half[i]` (0 or 1: picture or mirror image) of row `index[i]`, for all i: (B, ...) float16."""
@@ -330,44 +342,30 @@ def digest(tensors: dict) -> str:
 
 
 class Pixels:
-    """Pictures in memory: uint8 (n, C, H, W), labels (n,)."""
+    """Pictures, uint8 (n, C, H, W) in memory or `PictureFiles`, and labels (n,); `sample` of them gives the scale."""
 
-    def __init__(self, name, pixels, labels, classes, mirror):
-        if len(pixels) != len(labels) or not len(pixels):
-            raise UserError(f"{name}: {len(pixels)} pictures and {len(labels)} labels; expected as many, and some")
-        if classes and labels.max() >= len(classes):
-            raise UserError(f"{name}: label {labels.max()} beyond the {len(classes)} classes")
+    def __init__(self, pixels, labels, classes=(), mirror=False, sample=None):
+        some = pixels[sample or slice(None, None, max(1, len(labels) // 10000))]
         self.pixels, self.labels, self.mirror = pixels, labels.astype(np.int64), mirror
-        self.spec = pixel_spec(pixels[:: max(1, len(pixels) // 10000)], classes or [])
+        mean, std = float(some.mean()), float(some.std()) or 1.0
+        self.spec = dict(kind="pixels", shape=list(some.shape[1:]), mean=mean, std=std, classes=list(classes))
 
     def read(self, index, rng):
-        x = normalise(self.spec, self.pixels[index])
-        return flip(x, rng) if self.mirror else x
+        x = (self.pixels[index].astype(np.float32) - np.float32(self.spec["mean"])) / np.float32(self.spec["std"])
+        return np.where(rng.random((len(x), 1, 1, 1)) < 0.5, x[..., ::-1], x) if self.mirror else x
 
 
-class PictureFolder:
-    """Pictures of any format and size, read when asked for: a folder or tar per class, or with captions.jsonl."""
+class PictureFiles:
+    """Pictures in files or tars, opened when they are asked for: `files[index]` is uint8 (B, 3, side, side)."""
 
-    def __init__(self, path, side):
-        self.files, records = captioned(Path(path), list_pictures(path))
-        if records:                                     # and no mirror images: a caption may tell left from right
-            self.captions = Captions([record["captions"] for record in records])
-            classes, self.labels = [], np.arange(len(records))
-        else:
-            classes, self.labels = label_pictures(path, [f[0] for f in self.files])
-        self.side = side or 64
-        some = self.files[:: max(1, len(self.files) // 256)][:256]
-        self.spec = pixel_spec(np.stack([self.picture(f) for f in some]), classes)
+    def __init__(self, files, side):
+        self.files, self.side = files, side
 
-    def picture(self, file):
+    def __getitem__(self, index):
         try:
-            return crop(open_picture(file), self.side)
+            return np.stack([crop(open_picture(file := self.files[i]), self.side) for i in index])
         except ValueError as error:
             raise UserError(f"{file[1]}: {file[0]} is no picture that opens ({error}); remove it or mend it") from error
-
-    def read(self, index, rng):
-        x = normalise(self.spec, np.stack([self.picture(self.files[i]) for i in index]))
-        return x if hasattr(self, "captions") else flip(x, rng)
 
 
 class Latents:
@@ -377,27 +375,27 @@ class Latents:
         meta = json.loads((folder / "meta.json").read_text())
         known = ("kind", "autoencoder", "scale", "shift", "shape", "classes", "factor")
         self.spec = {k: meta[k] for k in known if k in meta}
-        files, of = [folder / shard["file"] for shard in meta["shards"]], {}
-        for file, shard in zip(files, meta["shards"]):                          # a set of squares is one bucket
-            of.setdefault(tuple(shard.get("bucket", ())), []).append(file)
-        self.buckets, self.moments, self.features = [Rows(f, "latents") for f in of.values()], meta["moments"], None
-        counts = [int(rows.ends[-1]) for rows in self.buckets]
+        added = meta.get("features", {}).get("shards", [])
+        self.moments, self.shards, self.features = meta["moments"], meta["shards"] + added, None
+        rows = lambda shards, name: Rows([folder / shard["file"] for shard in shards], name)
+        of = groupby(meta["shards"], key=lambda shard: shard.get("bucket"))     # a set of squares is one bucket
+        self.buckets = [rows(shards, "latents") for _, shards in of]
+        counts = [int(bucket.ends[-1]) for bucket in self.buckets]
         self.ends = np.cumsum(counts)
         if "buckets" in meta:
-            self.counts, self.spec["buckets"] = counts, [list(rows.shape[-2:]) for rows in self.buckets]
-        self.labels = np.concatenate([safe_open(f, "numpy").get_tensor("labels") for f in files])
+            self.counts, self.spec["buckets"] = counts, [list(bucket.shape[-2:]) for bucket in self.buckets]
+        labels = [safe_open(folder / shard["file"], "numpy").get_tensor("labels") for shard in meta["shards"]]
+        self.labels = np.concatenate(labels)
         if not len(self.labels) == self.ends[-1] == meta["count"]:
             raise UserError(f"{folder}: {len(self.labels)} labels, meta.json counts {meta['count']}; encode it again")
-        if self.spec["classes"] and self.labels.max() >= len(self.spec["classes"]):
-            raise UserError(f"{folder}: label {self.labels.max()} beyond the {len(self.spec['classes'])} classes")
         if not self.spec["classes"]:
             records = read_captions(folder / "captions.jsonl")
             if len(records) != meta["pictures"]:
                 rule = f"{len(records)} captions for {meta['pictures']} pictures"
                 raise UserError(f"{folder / 'captions.jsonl'}: {rule}; put back the one that encode wrote")
             self.captions = Captions([record["captions"] for record in records.values()])
-        if features and "features" in meta:
-            self.features = Rows([folder / shard["file"] for shard in meta["features"]["shards"]], "features")
+        if features and added:
+            self.features = rows(added, "features")
             if (self.features.ends != self.buckets[0].ends).any():
                 raise UserError(f"{folder}: features of other pictures; delete features_* and encode again")
 
@@ -421,23 +419,21 @@ class LatentFiles:
     """The authors' layout: a safetensors file per picture with its latent [2, C, h, w] (picture, mirror) and label."""
 
     def __init__(self, folder):
-        self.folder = str(folder)
         found = (os.path.join(p, n) for p, _, names in os.walk(folder) for n in names if n.endswith(".safetensors"))
-        self.files = np.array(sorted(os.fsencode(os.path.relpath(f, folder)) for f in found))  # packed: a million fit
+        self.files = np.array(sorted(map(os.fsencode, found)))                  # packed: a million fit
         some = np.stack([self.open(i)[0] for i in range(0, len(self.files), max(1, len(self.files) // 256))])
         known = {channels: (name, scale) for name, (_, channels, scale) in AUTOENCODERS.items()}
         if some.shape[2] not in known:
             raise UserError(f"{folder}: {some.shape[2]} channels; a file per picture is read for {list(known)}")
         name, scale = known[some.shape[2]]
         self.scale = np.float32(1 if some.std() < scale**-0.5 else scale)       # were they stored scaled?
-        with ThreadPoolExecutor(16) as pool:
-            labels = pool.map(lambda i: self.open(i)[1], range(len(self.files)))
-            self.labels = np.array(list(tqdm(labels, "labels", len(self.files), disable=None)))
+        labels = in_threads(lambda i: self.open(i)[1], zip(range(len(self.files))), threads=16)
+        self.labels = np.array(list(tqdm(labels, "labels", len(self.files), disable=None)))
         self.spec = dict(kind="latents", autoencoder=name, scale=scale, shift=0.0, shape=list(some.shape[2:]))
         self.spec["classes"] = [str(i) for i in range(self.labels.max() + 1)]
 
     def open(self, i) -> tuple[np.ndarray, int]:
-        path = os.path.join(self.folder, os.fsdecode(self.files[i]))
+        path = os.fsdecode(self.files[i])
         try:
             tensors = load_file(path)
             (latent,), (label,) = ([v for v in tensors.values() if (v.ndim == 4) == k] for k in (True, False))
@@ -463,20 +459,6 @@ class RandomLatents:
         return rng.standard_normal((len(index), *self.spec["shape"]), np.float32)
 
 
-def pixel_spec(sample: np.ndarray, classes) -> dict:
-    mean, std = float(sample.mean()), float(sample.std())
-    return dict(kind="pixels", shape=list(sample.shape[1:]), mean=mean, std=std or 1.0, classes=list(classes))
-
-
-def normalise(spec, x: np.ndarray) -> np.ndarray:
-    return (x.astype(np.float32) - np.float32(spec["mean"])) / np.float32(spec["std"])
-
-
-def flip(x: np.ndarray, rng) -> np.ndarray:
-    """Mirror each picture with probability one half."""
-    return np.where(rng.random((len(x), 1, 1, 1)) < 0.5, x[..., ::-1], x)
-
-
 def read_idx(path: Path) -> np.ndarray:
     """An array in the idx format of MNIST and Fashion-MNIST, gzipped or not."""
     raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
@@ -484,6 +466,39 @@ def read_idx(path: Path) -> np.ndarray:
     if not shape or raw[:3] != b"\0\0\x08" or len(raw) != 4 + 4 * len(shape) + np.prod(shape):
         raise UserError(f"{path}: not a whole idx file of bytes; fetch it again")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def open_idx(images: Path) -> Pixels:
+    """MNIST's layout; a set of Fashion-MNIST's size has its classes, any other those of classes.txt, or numbers."""
+    labels = sorted(images.parent.glob("train-labels*-ubyte*"))
+    if not labels:
+        raise UserError(f"{images.parent}: {images.name} has no train-labels-idx1-ubyte beside it")
+    pixels, labels = read_idx(images)[:, None], read_idx(labels[0])
+    if len(pixels) != len(labels) or not len(pixels):
+        rule = f"{len(pixels)} pictures and {len(labels)} labels"
+        raise UserError(f"{images.parent}: {rule}; expected as many, and some")
+    names = json.loads((DEMO / "fashion.json").read_text())["classes"] if len(pixels) == 60000 else None
+    return Pixels(pixels, labels, names or class_names(images.with_name("classes.txt"), int(labels.max()) + 1))
+
+
+def open_cifar(parts: list[Path]) -> Pixels:
+    """CIFAR-10's binary layout: a byte of label and 3 x 32 x 32 of picture, again and again."""
+    raw = np.concatenate([np.fromfile(part, np.uint8) for part in parts])
+    if not len(raw) or len(raw) % 3073:
+        rule = f"data_batch_*.bin hold {len(raw)} bytes, no multiple of 3073"
+        raise UserError(f"{parts[0].parent}: {rule}; fetch them again")
+    raw, names = raw.reshape(-1, 3073), class_names(parts[0].with_name("batches.meta.txt"), 10)
+    return Pixels(raw[:, 1:].reshape(-1, 3, 32, 32), raw[:, 0], names, mirror=True)
+
+
+def open_folder(folder: Path, side: int) -> Pixels:
+    """Pictures of any format, a folder or tar per class, or with captions.jsonl, opened when they are asked for."""
+    files, classes, labels, lines = find_pictures(folder)
+    some = range(0, len(files), max(1, len(files) // 256))[:256]
+    data = Pixels(PictureFiles(files, side or 64), labels, classes, mirror=not lines, sample=some)
+    if lines:                                           # and no mirror images: a caption may tell left from right
+        data.captions = Captions([line["captions"] for line in lines])
+    return data
 
 
 def class_names(path: Path, n: int) -> list[str]:
@@ -495,7 +510,7 @@ def demo() -> Pixels:
     info = json.loads((DEMO / "fashion.json").read_text())
     sprite = np.asarray(Image.open(DEMO / "fashion.png"))
     pixels = sprite.reshape(100, 28, 100, 28).transpose(0, 2, 1, 3).reshape(10000, 1, 28, 28)
-    return Pixels("demo", pixels, np.array(list(map(int, info["labels"]))), info["classes"], mirror=False)
+    return Pixels(pixels, np.array(list(map(int, info["labels"]))), info["classes"])
 
 
 def emoji(held_out: bool = False) -> Pixels:
@@ -508,7 +523,7 @@ def emoji(held_out: bool = False) -> Pixels:
     pixels = sprite.reshape(25, 32, 64, 32, 3).transpose(0, 2, 4, 1, 3).reshape(1600, 3, 32, 32)
     records = list(info["name, emoji, group"])
     kept = [i for i, (name, *_) in enumerate(records) if (name in info["held_out"]) == held_out]
-    data = Pixels("emoji", pixels[kept], np.arange(len(kept)), None, mirror=False)
+    data = Pixels(pixels[kept], np.arange(len(kept)))
     data.records = [records[i] for i in kept]
     data.captions = Captions([[name] for name, *_ in data.records])
     data.spec["prompts"] = "red apple|blue heart|sun|cat face|panda|orange heart|purple circle|green square".split("|")
@@ -526,7 +541,7 @@ def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", fe
     raises    UserError if there is no such folder, nothing readable in it, or it does not fit what is asked for.
     """
     folder = Path(path).expanduser()
-    kinds = (os.path.splitext(name)[1].lower() for _, _, names in os.walk(folder) for name in names)
+    endings = (os.path.splitext(name)[1].lower() for _, _, names in os.walk(folder) for name in names)
     if path == "demo":
         data = demo()
     elif path == "emoji":
@@ -542,25 +557,16 @@ def open_data(path: str, shape=None, classes: int = 0, autoencoder: str = "", fe
     elif (folder / "plan.json").is_file():
         done = len(list(folder.glob("latents_*.safetensors")))
         raise UserError(f"--data {path}: encoding stopped after {done} shards; run the same data.py encode again")
-    elif idx := sorted(folder.glob("train-images*-ubyte*")):
-        labels = sorted(folder.glob("train-labels*-ubyte*"))
-        if not labels:
-            raise UserError(f"{folder}: {idx[0].name} has no train-labels-idx1-ubyte beside it")
-        pixels, labels = read_idx(idx[0])[:, None], read_idx(labels[0])
-        names = json.loads((DEMO / "fashion.json").read_text())["classes"] if len(pixels) == 60000 else None
-        names = names or class_names(folder / "classes.txt", int(labels.max()) + 1)
-        data = Pixels(path, pixels, labels, names, mirror=False)
-    elif batches := sorted(folder.glob("data_batch_*.bin")):
-        raw = np.concatenate([np.fromfile(b, np.uint8) for b in batches])
-        if len(raw) % 3073:
-            raise UserError(f"{folder}: data_batch_*.bin hold {len(raw)} bytes, no multiple of 3073; fetch them again")
-        raw = raw.reshape(-1, 3073)
-        names = class_names(folder / "batches.meta.txt", 10)
-        data = Pixels(path, raw[:, 1:].reshape(-1, 3, 32, 32), raw[:, 0].astype(np.int64), names, mirror=True)
-    elif next((k for k in kinds if k in PICTURES | {".safetensors", ".tar"}), "") == ".safetensors":
+    elif images := sorted(folder.glob("train-images*-ubyte*")):
+        data = open_idx(images[0])
+    elif parts := sorted(folder.glob("data_batch_*.bin")):
+        data = open_cifar(parts)
+    elif next((e for e in endings if e in PICTURES | {".safetensors", ".tar"}), "") == ".safetensors":
         data = LatentFiles(folder)
     else:
-        data = PictureFolder(folder, shape[1] if shape else 0)
+        data = open_folder(folder, shape[1] if shape else 0)
+    if data.spec["classes"] and data.labels.max() >= len(data.spec["classes"]):
+        raise UserError(f"{path}: label {data.labels.max()} beyond the {len(data.spec['classes'])} classes")
     if features and getattr(data, "features", None) is None:
         raise UserError(f"--data {path} has no features; add them: data.py encode --features NAME and its other flags")
     known = data.spec.get("autoencoder", autoencoder if path == "random" else "")  # noise stands for any latents
@@ -582,10 +588,14 @@ def orders(*bucket: int):
     return lru_cache(maxsize=2)(lambda n, *key: np.random.default_rng(key).permutation(n))
 
 
+def shuffled(place: np.ndarray, n: int, seed: int, *bucket: int) -> np.ndarray:
+    """Which of n pictures stand at these places, where all n come again and again, in a new order each time."""
+    return np.array([orders(*bucket)(n, seed, e, *bucket)[i] for e, i in zip(place // n, place % n)])
+
+
 def positions(n: int, batch: int, seed: int, step: int, slot: int, slots: int) -> np.ndarray:
     """Which pictures slot `slot` of `slots` sees at `step`: every picture once an epoch, a new order each epoch."""
-    place = (step * slots + slot) * batch + np.arange(batch)
-    return np.array([orders()(n, seed, e)[i] for e, i in zip(place // n, place % n)])
+    return shuffled((step * slots + slot) * batch + np.arange(batch), n, seed)
 
 
 @lru_cache(maxsize=4)
@@ -600,10 +610,8 @@ def unit_order(counts: tuple[int, ...], unit: int, seed: int, epoch: int) -> lis
     return [units[i] for i in np.random.default_rng((seed, epoch)).permutation(len(units))]
 
 
-def bucket_positions(
-    counts: tuple[int, ...], batch: int, seed: int, step: int, slot: int, slots: int, mix: int = 1
-) -> np.ndarray:
-    """`positions` of a set of buckets, which lie one after the other: all of a slot's pictures are of one bucket.
+def bucket_positions(counts, batch: int, seed: int, step: int, slot: int, slots: int, mix: int = 1) -> np.ndarray:
+    """`positions` of a set of buckets of `counts` pictures, one after the other; a slot's are all of one bucket.
 
     A step is `mix` units of one bucket each, and a unit is shared by slots / mix slots, so a step has the same pictures
     on any number of slots. Each bucket walks through all its pictures in a new order each time; over the epochs the
@@ -618,9 +626,8 @@ def bucket_positions(
         epoch += 1
     order = unit_order(counts, unit, seed, epoch)
     bucket, k = order[number - done + len(order)]
-    n, place = counts[bucket], k * unit + within * batch + np.arange(batch)
-    index = np.array([orders(bucket)(n, seed, e, bucket)[i] for e, i in zip(place // n, place % n)])
-    return index + sum(counts[:bucket])
+    place = k * unit + within * batch + np.arange(batch)
+    return sum(counts[:bucket]) + shuffled(place, counts[bucket], seed, bucket)
 
 
 def same_shape(data) -> np.ndarray:
@@ -641,20 +648,16 @@ def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 
     """
     counts = tuple(getattr(data, "counts", ()))
 
-    def make(k):
-        s, slot = step + k // len(slots), slots[k % len(slots)]
-        place = batch, seed, s, slot, of
+    def make(step, slot):
+        place = batch, seed, step, slot, of
         index = bucket_positions(counts, *place, mix) if counts else positions(len(data.labels), *place)
-        chance = np.random.default_rng((seed, s, slot))
+        chance = np.random.default_rng((seed, step, slot))
         x, y = data.read(index, chance), data.labels[index]
         y = data.captions.draw(y, chance) if hasattr(data, "captions") else y
         return (x[0], y, *x[1:]) if isinstance(x, tuple) else (x, y)
 
-    with ThreadPoolExecutor(ahead) as pool:
-        queue = deque(pool.submit(make, k) for k in range(ahead))
-        for k in count(ahead):
-            yield tuple(map(torch.from_numpy, queue.popleft().result()))
-            queue.append(pool.submit(make, k))
+    for parts in in_threads(make, ((s, slot) for s in count(step) for slot in slots), threads=ahead, ahead=ahead):
+        yield tuple(map(torch.from_numpy, parts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -663,10 +666,7 @@ def batches(data, batch: int, seed: int, slots: list[int], of: int, step: int = 
 
 def to_pixels(spec: dict, x: Tensor) -> np.ndarray:
     """Network space (B, C, H, W) back to uint8 pictures (B, H, W, C); of latents a glance at the first channels."""
-    if spec["kind"] != "pixels":
-        x = x[:, :3] * 40 + 128
-    else:
-        x = x * spec["std"] + spec["mean"]
+    x = x * spec["std"] + spec["mean"] if spec["kind"] == "pixels" else x[:, :3] * 40 + 128
     return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -677,8 +677,7 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 def grid(rows: np.ndarray, gap: int = 2, scale: int = 1, names: list[str] = ()) -> Image.Image:
     """uint8 (rows, columns, H, W, C) to one picture, white gaps between, each pixel `scale` wide, names below."""
     r, c, h, w, k = rows.shape
-    sheet = np.full((r, h + gap, c, w + gap, k), 255, np.uint8)
-    sheet[:, :h, :, :w] = rows.transpose(0, 2, 1, 3, 4)
+    sheet = np.pad(rows, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255).transpose(0, 2, 1, 3, 4)
     sheet = sheet.reshape(r * (h + gap), c * (w + gap), k)[: r * (h + gap) - gap, : c * (w + gap) - gap]
     sheet = to_image(sheet.repeat(scale, 0).repeat(scale, 1))
     if not names:
@@ -709,16 +708,13 @@ def load_network(library: str, flag: str, place: str, device="cpu", dtype=torch.
 
 
 def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
-    """An autoencoder and its part of a spec: latents z of it are (z - shift) * scale in network space."""
+    """An autoencoder, its pixels per place and side, and its part of a spec: latents z of it are (z - shift) * scale
+    in network space."""
     place, _, scale = AUTOENCODERS.get(name, (os.path.abspath(name) if os.path.isdir(name) else name, 0, 0))
     vae = load_network("diffusers", f"--autoencoder {name}", place, device, dtype)
+    factor = getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config["block_out_channels"]) - 1)
     scale, shift = scale or vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
-    return vae, dict(autoencoder=name if name in AUTOENCODERS else place, scale=scale, shift=shift)
-
-
-def pixels_per_place(vae) -> int:
-    """Of an autoencoder, per side."""
-    return getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config["block_out_channels"]) - 1)
+    return vae, factor, dict(autoencoder=name if name in AUTOENCODERS else place, scale=scale, shift=shift)
 
 
 @torch.no_grad()
@@ -728,23 +724,23 @@ def decode_tiles(decode, z: Tensor, factor: int, tile: int = 512, overlap: int =
     tile, overlap  in pixels. Memory is that of one tile and of the result. All tiles have one size, the last ends at
                    the border: diffusers' own tiling may end in a sliver, and differs between its autoencoders.
     """
-    t, o = tile // factor, overlap // factor
-    sides, spans = [min(n, t) for n in z.shape[2:]], []
-    for n, side in zip(z.shape[2:], sides):
-        spans.append(sorted({*range(0, n - side, side - o), n - side}))
-    fades = [(torch.arange(side * factor, device=z.device) + 0.5) / overlap for side in sides]
-    fades = [torch.minimum(fade, fade.flip(0)).clamp(max=1) for fade in fades]
-    out = torch.zeros(1, 3, *(n * factor for n in z.shape[2:]), device=z.device)
-    sums = [torch.zeros(n, device=z.device) for n in out.shape[2:]]
-    for starts, total, fade in zip(spans, sums, fades):
+
+    def axis(n):
+        """Of n places: where tiles begin, their length, how one fades (in pixels), and all their fades added up."""
+        length = min(n, tile // factor)
+        starts = sorted({*range(0, n - length, length - overlap // factor), n - length})
+        fade = (torch.arange(length * factor, device=z.device) + 0.5) / overlap
+        fade, total = torch.minimum(fade, fade.flip(0)).clamp(max=1), torch.zeros(n * factor, device=z.device)
         for start in starts:
             total[start * factor :][: len(fade)] += fade
-    for i in spans[0]:
-        for j in spans[1]:
-            part = decode(z[:, :, i : i + sides[0], j : j + sides[1]])
-            part *= fades[0][:, None] * fades[1]
-            out[:, :, i * factor :, j * factor :][:, :, : part.shape[2], : part.shape[3]] += part
-    return out.div_(sums[0][:, None]).div_(sums[1])
+        return starts, length, fade, total
+
+    (tops, h, down, rows), (lefts, w, across, columns) = map(axis, z.shape[2:])
+    out = torch.zeros(1, 3, len(rows), len(columns), device=z.device)
+    for i, j in product(tops, lefts):
+        part = decode(z[:, :, i : i + h, j : j + w]) * (down[:, None] * across)
+        out[:, :, i * factor :, j * factor :][:, :, : h * factor, : w * factor] += part
+    return out.div_(rows[:, None]).div_(columns)
 
 
 def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: int = 16):
@@ -759,13 +755,12 @@ def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: i
         return decode
     if not (autoencoder or spec["autoencoder"]):
         raise UserError(f"{spec['shape'][0]} channels: no autoencoder is known; give --autoencoder, or --save_latents")
-    vae, _ = load_autoencoder(autoencoder or spec["autoencoder"], device)
+    vae, factor, _ = load_autoencoder(autoencoder or spec["autoencoder"], device)
     if vae.config["latent_channels"] != spec["shape"][0]:
         raise UserError(f"--autoencoder {autoencoder} has {vae.config['latent_channels']} channels, the latents have "
                         f"{spec['shape'][0]}; they were made with {spec['autoencoder']}")  # fmt: skip
     as_pixels = dict(kind="pixels", mean=127.5, std=127.5)
-
-    plain, factor = lambda z: vae.decode(z).sample, pixels_per_place(vae)
+    plain = lambda z: vae.decode(z).sample
 
     @torch.no_grad()
     def decode(z):
@@ -786,7 +781,7 @@ def decoder(spec: dict, device="cpu", autoencoder: str | None = None, at_once: i
 @torch.no_grad()
 def encode_pictures(vae, means: bool, x: Tensor) -> Tensor:
     """uint8 (B, 3, S, S) -> float16 (B, 2, C or 2 C, h, w), unscaled: picture and mirror image, mean and deviation."""
-    x = (x.float() / 127.5 - 1).to(vae.dtype)
+    x = (x.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
     out = vae.encode(torch.cat([x, x.flip(3)]))
     if "latent" in out:
         z = out.latent                                                          # DC-AE has no posterior
@@ -805,7 +800,7 @@ def feature_maker(name: str, grid: int, device, dtype):
 
     @torch.no_grad()
     def features(x):
-        x = F.interpolate(x.float() / 255, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        x = F.interpolate(x.to(device).float() / 255, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         x = ((x - mean) / std).to(dtype)
         out = net(torch.cat([x, x.flip(3)]))
         tokens = out["features"] if "features" in out else out.last_hidden_state
@@ -851,223 +846,209 @@ def claim(file: Path, plan: dict) -> None:
             raise UserError(f"{file.parent} was begun with {key} {was}, not {now}; give that, or another --out")
 
 
-def finish(out: Path) -> dict | None:
+def finish(out: Path, shards: int) -> dict | None:
     """Write meta.json from the shards' own records, if all are there; whoever comes last does so with effect."""
-    meta = json.loads((out / "plan.json").read_text())
+    records = {}
     for kind in ("latents", "features"):
-        counts = [count for _, _, count in meta.get("buckets", [(0, 0, meta["pictures"])])]
-        files = [out / f"{kind}_{k:05}.safetensors" for k in range(sum(-(-c // meta["shard"]) for c in counts))]
-        if not all(f.is_file() for f in files):
-            continue
-        records = [dict(file=f.name) | json.loads(safe_open(f, "numpy").metadata()["tim"]) for f in files]
-        if kind == "features":
-            meta["features"] = json.loads((out / "features.json").read_text()) | dict(shards=records)
-        else:
-            meta |= dict(count=sum(r["count"] for r in records), shards=records)
-    if "count" not in meta:
+        files = [out / f"{kind}_{k:05}.safetensors" for k in range(shards)]
+        if all(f.is_file() for f in files):
+            records[kind] = [dict(file=f.name) | json.loads(safe_open(f, "numpy").metadata()["tim"]) for f in files]
+    if "latents" not in records:
         return None
+    meta = json.loads((out / "plan.json").read_text())
+    meta |= dict(count=sum(shard["count"] for shard in records["latents"]), shards=records["latents"])
+    if "features" in records:
+        meta["features"] = json.loads((out / "features.json").read_text()) | dict(shards=records["features"])
     write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
 
 
-def read_ahead(wanted, upright: bool, workers: int, ahead: int):
-    """For each (file, size) the picture, or why there is none, and the CPU seconds of decoding and of resizing."""
-
-    def look(file, size):
-        began = time.thread_time()
-        try:
-            picture = open_picture(file, upright)
-            opened = time.thread_time()
-            if upright and cut_away(picture.size[::-1], size) > 0.55:
-                raise ValueError(f"it is {picture.height}x{picture.width}, its header or an older file said otherwise")
-            return crop(picture, *size), opened - began, time.thread_time() - opened
-        except ValueError as error:
-            return str(error), time.thread_time() - began, 0.0
-
-    with ThreadPoolExecutor(workers) as pool:
-        queue = deque()
-        for file, size in wanted:
-            queue.append(pool.submit(look, file, size))
-            if len(queue) > ahead:
-                yield queue.popleft().result()
-        yield from (future.result() for future in queue)
-
-
-def plan_buckets(a, out, files, captions, step: int, listing: str) -> tuple[dict, list]:
+def plan_buckets(a, step: int, files, captions, sizes) -> tuple[dict, list]:
     """Which pictures go to which bucket, {(height, width): indices}, and [name, reason] of those that go to none.
 
-    Sizes come from the pictures' headers, read once and kept in --out. A caption's own "bucket" ("...-HxW") rules over
-    the nearest ratio.
+    A caption's own "bucket" ("...-HxW") rules over the nearest ratio. `sizes` are from `upright_size`.
     """
-    file, table = out / f"sizes_{listing[:16]}.json", bucket_sizes(a.size, step)
-    if not file.is_file():
-        with ThreadPoolExecutor(a.workers) as pool:
-            seen = tqdm(pool.map(upright_size, files), "sizes", len(files), disable=None)
-            write_text(file, json.dumps(list(seen)))
+    table = bucket_sizes(a.size, step)
     ratios, bound = np.log([h / w for h, w in table]), crop_bound(table)
     groups, skipped, small = {}, [], 0
-    for i, size in enumerate(json.loads(file.read_text())):
-        reason, named = size if isinstance(size, str) else "", None
-        if not reason:
-            off = np.abs(ratios - math.log(size[0] / size[1]))
-            bucket, cut = table[off.argmin()], cut_away(size, table[off.argmin()])
-            named = re.search(r"(\d+)x(\d+)$", str(captions[i].get("bucket", ""))) if captions else None
-        if named:
-            bucket = int(named[1]), int(named[2])
-            if bucket[0] % step or bucket[1] % step or not abs(bucket[0] * bucket[1] / a.size**2 - 1) <= SLACK:
-                reason = f"its bucket {named[0]} is no multiple of {step} with an area within {SLACK:.1%} of {a.size}^2"
-            elif (cut := cut_away(size, bucket)) > max(bound, NAMED) + 1e-6:
-                reason = f"{cut:.0%} of {size[0]}x{size[1]} would be cut away by its bucket {named[0]}"
-        elif not reason and cut > bound + 1e-6:
-            reason = f"{size[0]}x{size[1]} is beyond all ratios: {cut:.0%} would be cut away, at most {bound:.0%} is"
-        if not reason and (size[0] < bucket[0] or size[1] < bucket[1]):
-            small += 1
-            if a.skip_small:
-                reason = f"{size[0]}x{size[1]} is smaller than its bucket, {bucket[0]}x{bucket[1]}"
-        skipped.append([files[i][0], reason]) if reason else groups.setdefault(bucket, []).append(i)
+    for i, size in enumerate(sizes):
+        try:
+            if isinstance(size, str):
+                raise ValueError(size)
+            (h, w), named = size, captions and re.search(r"(\d+)x(\d+)$", str(captions[i].get("bucket", "")))
+            bucket = (int(named[1]), int(named[2])) if named else table[np.abs(ratios - math.log(h / w)).argmin()]
+            area = bucket[0] * bucket[1] / a.size**2
+            if named and (bucket[0] % step or bucket[1] % step or not abs(area - 1) <= SLACK):
+                rule = f"no multiple of {step} with an area within {SLACK:.1%} of {a.size}^2"
+                raise ValueError(f"its bucket {named[0]} is {rule}")
+            cut = cut_away(size, bucket)
+            if named and cut > max(bound, NAMED) + 1e-6:
+                raise ValueError(f"{cut:.0%} of {h}x{w} would be cut away by its bucket {named[0]}")
+            if not named and cut > bound + 1e-6:
+                raise ValueError(f"{h}x{w} is beyond all ratios: {cut:.0%} would be cut away, at most {bound:.0%} is")
+            if h < bucket[0] or w < bucket[1]:
+                small += 1
+                if a.skip_small:
+                    raise ValueError(f"{h}x{w} is smaller than its bucket, {bucket[0]}x{bucket[1]}")
+            groups.setdefault(bucket, []).append(i)
+        except ValueError as error:
+            skipped.append([files[i][0], str(error)])
     if not groups:
         raise UserError(f"--images {a.images}: no picture goes to a bucket; the first: {': '.join(skipped[0])}")
-    if small and int(os.environ.get("RANK", 0)) == 0:
+    if small and os.environ.get("RANK", "0") == "0":
         print(f"{small:,} pictures are smaller than their bucket: {'skipped' if a.skip_small else 'scaled up'}")
     return dict(sorted(groups.items(), key=lambda item: item[0][0] / item[0][1])), skipped
 
 
-def plan_set(a, out, files, labels, captions, classes, device, dtype) -> tuple[dict, list]:
-    """Write what the set is made of, or hold it against what its folder says. Returns the makers of its tensors, and
-    of each shard the pictures' size (height, width) and their indices."""
-    vae, network = load_autoencoder(a.autoencoder, device, dtype)
-    factor = pixels_per_place(vae)
+def plan_set(a, files, classes, labels, captions) -> tuple[dict, list]:
+    """Load the networks and write what the set is made of, or hold it against what its folder says.
+
+    returns  the makers of its tensors, {kind: function}, and per shard the pictures' (height, width) and their indices
+    """
+    out, device = Path(a.out), a.device
+    if not device:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = "bfloat16" if a.precision == "bf16" or (fast and not a.precision) else "float32"
+    vae, factor, network = load_autoencoder(a.autoencoder, device, getattr(torch, precision))
     step = factor * a.patch
     if a.size % step:
         raise UserError(f"--size {a.size}: must be a multiple of {step}, this autoencoder's pixels per place x --patch")
-    makers = {"latents": partial(encode_pictures, vae, a.means)}
-    probe = makers["latents"](torch.zeros(1, 3, a.size, a.size, device=device))
-    shape, precision = [vae.config["latent_channels"], *probe.shape[3:]], str(dtype).removeprefix("torch.")
+    makers, groups = {"latents": partial(encode_pictures, vae, a.means)}, {(a.size, a.size): range(len(files))}
+    probe, channels = makers["latents"](torch.zeros(1, 3, a.size, a.size)), vae.config["latent_channels"]
     listing = hashlib.sha256("\n".join(f"{f[0]} {k}" for f, k in zip(files, labels)).encode()).hexdigest()
-    groups, more = {(a.size, a.size): range(len(files))}, {}
+    plan = dict(
+        kind="latents", size=a.size, **network, shape=[channels, *probe.shape[3:]], moments=probe.shape[2] > channels,
+        precision=precision, shard=a.shard, pictures=len(files), classes=classes, listing=listing,
+    )  # fmt: skip
     if a.native:
-        groups, skipped = plan_buckets(a, out, files, captions, step, listing)
-        more = dict(buckets=[[h, w, len(v)] for (h, w), v in groups.items()], factor=factor, skipped=skipped)
+        sizes = out / f"sizes_{listing[:16]}.json"      # from the pictures' headers, read once
+        if not sizes.is_file():
+            seen = tqdm(in_threads(upright_size, zip(files), a.workers), "sizes", len(files), disable=None)
+            write_text(sizes, json.dumps(list(seen)))
+        groups, skipped = plan_buckets(a, step, files, captions, json.loads(sizes.read_text()))
+        plan |= dict(buckets=[[h, w, len(v)] for (h, w), v in groups.items()], factor=factor, skipped=skipped)
     if captions:
-        more["captions"] = Captions([line["captions"] for line in captions]).digest()
-    claim(out / "plan.json", dict(
-        kind="latents", size=a.size, **network, shape=shape, moments=probe.shape[2] == 2 * shape[0],
-        precision=precision, shard=a.shard, pictures=len(files), classes=classes, listing=listing, **more,
-    ))  # fmt: skip
+        plan["captions"] = Captions([line["captions"] for line in captions]).digest()
+    claim(out / "plan.json", plan)
     if a.features:
-        makers["features"] = feature_maker(a.features, a.grid, device, dtype)
+        makers["features"] = feature_maker(a.features, a.grid, device, getattr(torch, precision))
         claim(out / "features.json", dict(name=a.features, grid=a.grid, precision=precision))
+    if captions:
+        write_text(out / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in captions))
     return makers, [(size, v[k : k + a.shard]) for size, v in groups.items() for k in range(0, len(v), a.shard)]
 
 
+def open_cropped(file, size, upright: bool):
+    """The picture, or why there is none, and the CPU seconds of decoding and of resizing."""
+    began = time.thread_time()
+    try:
+        picture = open_picture(file, upright)
+        opened = time.thread_time()
+        if upright and cut_away(picture.size[::-1], size) > 0.55:
+            raise ValueError(f"it is {picture.height}x{picture.width}, its header or an older file said otherwise")
+        return crop(picture, *size), dict(decode=opened - began, resize=time.thread_time() - opened)
+    except ValueError as error:
+        return str(error), dict(decode=time.thread_time() - began, resize=0.0)
+
+
+def make_shards(a, makers, todo, spent, bar):
+    """Yields (path, tensors, record) of each file in `todo`, whose pictures are decoded ahead in threads.
+
+    todo   per shard {kind: path} of what it lacks, its pictures' (height, width), and [(file, label), ...]
+    spent  gets the seconds of each kind of work, bar the number of pictures
+    """
+    wanted = ((file, size, a.native) for _, size, pictures in todo for file, _ in pictures)
+    stream = in_threads(open_cropped, wanted, a.workers, ahead=4 * a.batch)
+    for paths, size, pictures in todo:
+        parts, kept, skipped = {kind: [] for kind in paths}, [], []
+        for batch in (pictures[k : k + a.batch] for k in range(0, len(pictures), a.batch)):
+            x = []
+            for (file, label), (picture, seconds) in zip(batch, stream):
+                spent.update(seconds)
+                if isinstance(picture, str):
+                    skipped.append([file[0], picture])
+                else:
+                    kept.append(label)
+                    x.append(picture)
+            tick, n = time.perf_counter(), len(x)
+            x = torch.from_numpy(np.stack(x or [np.zeros((3, *size), np.uint8)]))  # one for the shape where all fail
+            for kind, part in parts.items():
+                part.append(makers[kind](x)[:n].cpu().numpy())
+                if not np.isfinite(part[-1]).all():
+                    raise UserError(f"{kind} of {batch[0][0][0]} and after overflow fp16; use another encoder")
+            spent["network"] += time.perf_counter() - tick
+            bar.update(len(batch))
+        record = dict(count=len(kept), skipped=skipped) | (dict(bucket=size) if a.native else {})
+        for kind, part in parts.items():
+            tensors = {kind: np.concatenate(part).copy(), "labels": np.array(kept, np.int64)}  # copy: in order
+            yield paths[kind], tensors, record
+
+
 def encode(a) -> None:
-    """Pictures to shards. Each rank takes every world-th shard, so ranks need not talk and no work is done twice."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device(a.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if a.precision == "bf16" or (fast and not a.precision) else torch.float32
+    """Pictures to shards: `plan_set` says what goes into each, `make_shards` fills them, `write_shard` stores one while
+    the next is made, `finish` sums up. Each rank takes every world-th shard, so ranks need not talk."""
+    rank, world, out = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(a.out)
     for name in ("size", "batch", "shard", "workers", "grid", "patch"):
         if getattr(a, name) < 1:
             raise UserError(f"--{name} {getattr(a, name)}: at least 1")
     if a.native and a.features:
         raise UserError(f"--features {a.features}: a square of features fits no --native picture; leave one out")
-    out, images = Path(a.out), Path(a.images)
-    if not images.exists():
-        raise UserError(f"--images {images}: no such folder or tar")
-    files, captions = captioned(images, list_pictures(images))
-    classes, labels = ([], np.arange(len(files))) if captions else label_pictures(images, [f[0] for f in files])
+    if not Path(a.images).exists():
+        raise UserError(f"--images {a.images}: no such folder or tar")
+    files, classes, labels, captions = find_pictures(a.images)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        makers, spans = plan_set(a, out, files, labels, captions, classes, device, dtype)
-        if captions:
-            write_text(out / "captions.jsonl", "".join(json.dumps(line) + "\n" for line in captions))
+        makers, shards = plan_set(a, files, classes, labels, captions)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error})") from error
 
-    todo = {}                                                                   # shard: what it lacks, size, pictures
-    for k in range(rank, len(spans), world):
-        if lacks := [kind for kind in makers if not (out / f"{kind}_{k:05}.safetensors").is_file()]:
-            todo[k] = lacks, *spans[k]
-    encode_shards(a, out, files, labels, makers, todo, device, quiet=rank > 0)
-    if (meta := finish(out)) and (rank == 0 or todo):
+    todo = []
+    for k in range(rank, len(shards), world):
+        lacks = {kind: path for kind in makers if not (path := out / f"{kind}_{k:05}.safetensors").is_file()}
+        if lacks:
+            size, span = shards[k]
+            todo.append((lacks, size, [(files[i], labels[i]) for i in span]))
+    spent, n, began = Counter(), sum(len(pictures) for *_, pictures in todo), time.perf_counter()
+    with tqdm(total=n, unit="img", disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        made = make_shards(a, makers, todo, spent, bar)
+        spent["write"] = sum(in_threads(write_shard, made, threads=1, ahead=1 + len(makers)))
+    if todo and rank == 0:
+        whole, each = time.perf_counter() - began, ", ".join(f"{k} {1000 * v / n:.2f}" for k, v in spent.items())
+        print(f"{n / whole:.1f} pictures/s; ms per picture: {each} (decode and resize over {a.workers} threads); "
+              f"the network worked {spent['network'] / whole:.0%} of the time")  # fmt: skip
+    if (meta := finish(out, len(shards))) and (rank == 0 or todo):
         skipped = [line for part in (meta, *meta["shards"]) for line in part.get("skipped", [])]
         print(f"{out}: {meta['count']:,} pictures of {len(classes)} classes, {len(skipped)} skipped")
         for name, reason in skipped[:20]:
             print(f"  skipped {name}: {reason}")
         if not meta["count"]:
-            raise UserError(f"--images {images}: none of {len(files)} pictures could be opened")
-
-
-def encode_shards(a, out, files, labels, makers, todo, device, quiet) -> None:
-    """The shards in `todo`, with pictures decoded ahead in threads and each shard written while the next is made."""
-    wanted = [(files[i], size) for _, size, span in todo.values() for i in span]
-    stream = read_ahead(wanted, a.native, a.workers, ahead=4 * a.batch)
-    spent, writing, began, often = Counter(), [], time.perf_counter(), 0.1 if sys.stderr.isatty() else 30
-    with ThreadPoolExecutor(1) as writer, tqdm(total=len(wanted), unit="img", disable=quiet, mininterval=often) as bar:
-        for k, (lacks, size, span) in todo.items():
-            parts, kept, skipped = {kind: [] for kind in lacks}, [], []
-            for first in range(0, len(span), a.batch):
-                pictures, batch = [], span[first : first + a.batch]
-                for i, (picture, decode, resize) in zip(batch, islice(stream, len(batch))):
-                    spent.update(decode=decode, resize=resize)
-                    if isinstance(picture, str):
-                        skipped.append([files[i][0], picture])
-                    else:
-                        kept.append(i)
-                        pictures.append(picture)
-                tick = time.perf_counter()
-                x = torch.from_numpy(np.stack(pictures)).to(device) if pictures else None
-                for kind in lacks if pictures else ():
-                    parts[kind].append(makers[kind](x).cpu().numpy())
-                    if not np.isfinite(parts[kind][-1]).all():
-                        raise UserError(f"{kind} of {files[batch[0]][0]} and after overflow fp16; use another encoder")
-                spent["network"] += time.perf_counter() - tick
-                bar.update(len(batch))
-            spent["write"] += sum(future.result() for future in writing)
-            if not kept:                                                        # a shard of none keeps its shape
-                blank = torch.zeros(1, 3, *size, device=device)
-                parts = {kind: [makers[kind](blank)[:0].cpu().numpy()] for kind in lacks}
-            record = dict(count=len(kept), skipped=skipped) | (dict(bucket=size) if a.native else {})
-            own = dict(labels=labels[kept].astype(np.int64))
-            tensors = {kind: {kind: np.concatenate(z).copy(), **own} for kind, z in parts.items()}  # copy: in order
-            writing = [
-                writer.submit(write_shard, out / f"{kind}_{k:05}.safetensors", z, record) for kind, z in tensors.items()
-            ]
-        spent["write"] += sum(future.result() for future in writing)
-    if todo and not quiet:
-        whole, n = time.perf_counter() - began, len(wanted)
-        each = ", ".join(f"{name} {1000 * seconds / n:.2f}" for name, seconds in spent.items())
-        print(f"{n / whole:.1f} pictures/s; ms per picture: {each} (decode and resize over {a.workers} threads); "
-              f"the network worked {spent['network'] / whole:.0%} of the time")  # fmt: skip
+            raise UserError(f"--images {a.images}: none of {len(files)} pictures could be opened")
 
 
 def inspect(a) -> None:
     """What a set is, whether it is whole, and how it looks."""
     data = open_data(a.set)
-    spec, n = data.spec, len(data.labels)
-    count = np.bincount(data.labels, minlength=len(spec["classes"]))
-    print(f"{a.set}: {n:,} x {spec['shape']}, {spec['kind']} {spec.get('autoencoder', '')}")
-    if spec["classes"]:
-        names = ", ".join(spec["classes"][:10])
-        print(f"{len(spec['classes'])} classes of {count.min():,} to {count.max():,}: {names} ...")
-    counts = getattr(data, "counts", [n])
-    for (h, w), k in zip(spec.get("buckets", []), counts):
-        print(f"bucket {h:4} x {w:<4} {k:12,} pictures")
+    spec, counts = data.spec, getattr(data, "counts", [len(data.labels)])
+    print(f"{a.set}: {sum(counts):,} x {spec['shape']}, {spec['kind']} {spec.get('autoencoder', '')}")
+    if names := spec["classes"]:
+        held = np.bincount(data.labels, minlength=len(names))
+        print(f"{len(names)} classes of {held.min():,} to {held.max():,}: {', '.join(names[:10])} ...")
+    for (h, w), n in zip(spec.get("buckets", []), counts):
+        print(f"bucket {h:4} x {w:<4} {n:12,} pictures")
     ends, most = np.cumsum(counts), 2048 // len(counts)
-    some = [np.linspace(e - k, e - 1, min(most, k), dtype=np.int64) for e, k in zip(ends, counts) if k]
+    some = [np.linspace(end - n, end - 1, min(most, n), dtype=np.int64) for end, n in zip(ends, counts) if n]
     xs = [data.read(index, np.random.default_rng(0)) for index in some]
     print("channel mean deviation, of network space (it wants 0 and 1)")
     for c in range(spec["shape"][0]):
         values = np.concatenate([x[:, c].ravel() for x in xs])
         print(f"{c:7} {values.mean():8.3f} {values.std():8.3f}")
     if isinstance(data, Latents):
-        folder = Path(a.set).expanduser()
-        meta = json.loads((folder / "meta.json").read_text())
-        shards = meta["shards"] + meta.get("features", {}).get("shards", [])
-        for shard in tqdm(shards, "checksums", disable=None):
-            if digest(load_file(folder / shard["file"])) != shard["sha256"]:
-                raise UserError(f"{folder / shard['file']}: wrong checksum; delete it and encode again")
-        print(f"{len(shards)} checksums are right")
+        for shard in tqdm(data.shards, "checksums", disable=None):
+            file = Path(a.set).expanduser() / shard["file"]
+            if digest(load_file(file)) != shard["sha256"]:
+                raise UserError(f"{file}: wrong checksum; delete it and encode again")
+        print(f"{len(data.shards)} checksums are right")
     try:
         decode = decoder(spec, a.device, a.autoencoder)
     except UserError as error:
@@ -1075,11 +1056,11 @@ def inspect(a) -> None:
         return
     most = max(1, 32 // len(xs))
     pixels = [p for x in xs for p in decode(torch.from_numpy(x[:: max(1, len(x) // most)][:most]))]
-    h, w = (max(p.shape[axis] for p in pixels) for axis in (0, 1))
+    h, w, _ = np.max([p.shape for p in pixels], axis=0)
     pixels = [np.pad(p, ((0, h - p.shape[0]), (0, w - p.shape[1]), (0, 0)), constant_values=255) for p in pixels]
     columns = min(8, len(pixels))
-    pixels = np.stack(pixels[: len(pixels) // columns * columns])
-    grid(pixels.reshape(-1, columns, *pixels.shape[1:])).save(a.sheet)
+    rows = len(pixels) // columns
+    grid(np.stack(pixels[: rows * columns]).reshape(rows, columns, h, w, -1)).save(a.sheet)
     print(f"contact sheet: {a.sheet}")
 
 
