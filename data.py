@@ -45,6 +45,7 @@ AUTOENCODERS = {  # name: place on the model hub, latent channels, scale of netw
     "sd-vae": ("stabilityai/sd-vae-ft-ema", 4, 0.18215),
     "dc-ae": ("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", 32, 0.41407),
 }
+BY_CHANNELS = {channels: (name, scale) for name, (_, channels, scale) in AUTOENCODERS.items()}
 FACTORS = {"sd-vae": 8, "dc-ae": 32}  # pixels per latent place and side
 TILED = 1024**2  # pixels of a picture beyond which it is decoded in tiles
 NAMED = 0.25  # share of a picture that a bucket named in captions.jsonl may cut away
@@ -164,7 +165,12 @@ def open_picture(entry, upright: bool = False) -> Image.Image:
                 picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
             return picture.convert("RGB")
     except Exception as error:                          # decoders raise anything from SyntaxError to OverflowError
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        raise ValueError(fault(error)) from error
+
+
+def fault(error) -> str:
+    """An error in words that are the same on every rank: Pillow names its buffer by an address."""
+    return re.sub(r" <_io\.BytesIO[^>]*>", "", f"{type(error).__name__}: {error}")
 
 
 def upright_size(entry) -> list[int] | str:
@@ -176,7 +182,7 @@ def upright_size(entry) -> list[int] | str:
                 turned = picture.format != "TIFF" and Image.Image.getexif(picture).get(0x0112, 1) > 4
                 return [*picture.size] if turned else [picture.height, picture.width]
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = fault(error)
     return reason
 
 
@@ -422,10 +428,9 @@ class LatentFiles:
         found = (os.path.join(p, n) for p, _, names in os.walk(folder) for n in names if n.endswith(".safetensors"))
         self.files = np.array(sorted(map(os.fsencode, found)))                  # packed: a million fit
         some = np.stack([self.open(i)[0] for i in range(0, len(self.files), max(1, len(self.files) // 256))])
-        known = {channels: (name, scale) for name, (_, channels, scale) in AUTOENCODERS.items()}
-        if some.shape[2] not in known:
-            raise UserError(f"{folder}: {some.shape[2]} channels; a file per picture is read for {list(known)}")
-        name, scale = known[some.shape[2]]
+        if some.shape[2] not in BY_CHANNELS:
+            raise UserError(f"{folder}: {some.shape[2]} channels; a file per picture is read for {list(BY_CHANNELS)}")
+        name, scale = BY_CHANNELS[some.shape[2]]
         self.scale = np.float32(1 if some.std() < scale**-0.5 else scale)       # were they stored scaled?
         labels = in_threads(lambda i: self.open(i)[1], zip(range(len(self.files))), threads=16)
         self.labels = np.array(list(tqdm(labels, "labels", len(self.files), disable=None)))
@@ -469,7 +474,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def open_idx(images: Path) -> Pixels:
-    """MNIST's layout; a set of Fashion-MNIST's size has its classes, any other those of classes.txt, or numbers."""
+    """MNIST's layout. Classes are those of classes.txt, Fashion-MNIST's own where the labels are its, or numbers."""
     labels = sorted(images.parent.glob("train-labels*-ubyte*"))
     if not labels:
         raise UserError(f"{images.parent}: {images.name} has no train-labels-idx1-ubyte beside it")
@@ -477,8 +482,10 @@ def open_idx(images: Path) -> Pixels:
     if len(pixels) != len(labels) or not len(pixels):
         rule = f"{len(pixels)} pictures and {len(labels)} labels"
         raise UserError(f"{images.parent}: {rule}; expected as many, and some")
-    names = json.loads((DEMO / "fashion.json").read_text())["classes"] if len(pixels) == 60000 else None
-    return Pixels(pixels, labels, names or class_names(images.with_name("classes.txt"), int(labels.max()) + 1))
+    names, fashion = images.with_name("classes.txt"), json.loads((DEMO / "fashion.json").read_text())
+    if not names.is_file() and "".join(map(str, labels[:10000])) == fashion["labels"]:
+        return Pixels(pixels, labels, fashion["classes"])
+    return Pixels(pixels, labels, class_names(names, int(labels.max()) + 1))
 
 
 def open_cifar(parts: list[Path]) -> Pixels:

@@ -112,8 +112,7 @@ def recognise(state: dict[str, Tensor], file) -> dict:
         model |= dict(caption=size("y_embedder.norm.weight", 0), rope_layout="released", caption_mask=False)
     else:
         model["classes"] = size("y_embedder.embedding_table.weight", 0) - 1
-    known = {channels: (name, scale) for name, (_, channels, scale) in data.AUTOENCODERS.items()}
-    name, scale = known.get(channels, ("", 1.0))
+    name, scale = data.BY_CHANNELS.get(channels, ("", 1.0))
     side, guidance, interval = (32, 2.5, (0, 0.6)) if channels == 4 else (16, 3.0, (0, 0.7))
     spec = dict(kind="latents", autoencoder=name, scale=scale, shift=0.0, shape=[channels, side, side])
     spec["classes"] = [str(i) for i in range(model.get("classes", 0))]
