@@ -630,9 +630,7 @@ def claim(file: Path, record: dict) -> None:
     """Write what a folder of samples is; UserError if it is something else already."""
     record = json.loads(json.dumps(record))
     if not file.exists():
-        aside = file.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_text(json.dumps(record, indent=1))
-        os.replace(aside, file)
+        data.write_text(file, json.dumps(record, indent=1))
     found = json.loads(file.read_text())
     for name in record.keys() | found.keys():
         if record.get(name) != found.get(name):
