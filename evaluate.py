@@ -35,7 +35,6 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity import metric_isc, metric_kid, metric_prc
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -244,28 +243,23 @@ def open_reference(a, net, tag, wanted: int) -> Reference:
     a.reference_num  use this many of its pictures, always the same ones; None = all.
     wanted           pictures to compare with it; fewer in the reference are an error, but for published statistics.
     """
-
-    def enough(name, n):
-        if n < wanted:
-            way = f"ask for --num {n} or fewer, or give a larger one"
-            raise UserError(f"--num {wanted}: the reference {name} has {n} pictures; {way}")
-
-    path, stats = Path(a.reference).expanduser(), None
+    path, stats, known = Path(a.reference).expanduser(), None, None
     if path.suffix == ".safetensors":
-        known = read_features(path, tag)
-        enough(path, known.n)
-        return known
-    if path.suffix == ".npz":
+        pictures = known = read_features(path, tag)
+    elif path.suffix == ".npz":
         pictures, stats = open_npz(path)
-        if pictures is None:
-            return Reference(str(path), 0, "unknown (statistics)", stats)
     else:
         pictures = open_pictures(a.reference, a.side)
-    n = pictures.n if a.reference_num is None else a.reference_num
+    if pictures is None:
+        return Reference(str(path), 0, "unknown (statistics)", stats)
+    n = pictures.n if known or a.reference_num is None else a.reference_num
     if not 2 <= n <= pictures.n:
         raise UserError(f"--reference_num {n}: {pictures.name} holds {pictures.n} pictures; ask for 2 to {pictures.n}")
-    if stats is None:
-        enough(pictures.name, n)
+    if n < wanted and stats is None:
+        way = f"ask for --num {n} or fewer, or give a larger one"
+        raise UserError(f"--num {wanted}: the reference {pictures.name} has {n} pictures; {way}")
+    if known:
+        return known
     key = hashlib.sha256(json.dumps([pictures.key, pictures.preprocessing, n, EXTRACTOR, tag]).encode()).hexdigest()
     file = Path(a.cache) / f"{key[:16]}.safetensors"
     if not file.is_file():
@@ -719,13 +713,19 @@ def measure(actions, device, repeats: int, limit: float = 20.0) -> list[tuple[fl
         except torch.OutOfMemoryError:
             actions[i] = None
             peaks.append(math.nan)
-    begin = timer()                                                             # waits for the GPU, if there is one
-    while not turns or len(turns) < repeats and timer() - begin < limit * len(actions):
+
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    begin = clock()
+    while not turns or len(turns) < repeats and clock() - begin < limit * len(actions):
         turns.append([])
         for action in actions:
-            start = timer()
+            start = clock()
             action and action()
-            turns[-1].append(timer() - start if action else math.nan)
+            turns[-1].append(clock() - start if action else math.nan)
     return list(zip(map(statistics.median, zip(*turns)), peaks))
 
 
@@ -1016,16 +1016,14 @@ def parse_arguments(argv=None):
     return a, rest
 
 
-COMMANDS = dict(fid=fid, consistency=consistency, captions=captions, clip=clip, speed=speed)
-
-
 def main(argv=None):
     a, rest = parse_arguments(argv)
     try:
         torch.empty(0, device=getattr(a, "device", "cpu"))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
-    COMMANDS[a.command](a, *rest)
+    commands = dict(fid=fid, consistency=consistency, captions=captions, clip=clip, speed=speed)
+    commands[a.command](a, *rest)
 
 
 if __name__ == "__main__":
