@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -70,6 +71,11 @@ def provenance() -> dict:
     with contextlib.suppress(OSError):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return dict(commit=commit, torch=torch.__version__, time=time.strftime("%Y-%m-%dT%H:%M:%S"))
+
+
+def chunks(n: int, size: int) -> list[range]:
+    """0 .. n - 1 in runs of `size`, the last what is left."""
+    return [range(k, min(k + size, n)) for k in range(0, n, size)]
 
 
 def append(path: Path, record: dict) -> None:
@@ -141,30 +147,29 @@ def load_extractor(path, device):
 
     raises  UserError if the file is missing, holds code or another network, or the download fails.
     """
-    wanted = dict(cuda=torch.device(device).type == "cuda", feature_extractor_weights_path=path, verbose=False)
+    cuda = torch.device(device).type == "cuda"
     try:
         if path is not None:
             torch.load(path, map_location="cpu", weights_only=True)             # refuses code, which the library runs
+        wanted = dict(cuda=cuda, feature_extractor_weights_path=path, verbose=False)
         net = create_feature_extractor(EXTRACTOR, [FEATURES, SCORES], **wanted)
-        if not wanted["cuda"]:
-            net = net.to(memory_format=torch.channels_last)                     # a third less time; features to 1e-5
-        return net, digest(path) if path else "default"
-    except OSError as error:
-        raise UserError(f"Inception's weights ({path}) not read or fetched: {error}; give --inception PATH") from error
     except Exception as error:                                                  # as many kinds as there are wrong files
+        rule = "not read or fetched" if isinstance(error, OSError) else f"not torch-fidelity's weights of {EXTRACTOR}"
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"--inception {path}: not torch-fidelity's weights of {EXTRACTOR} ({why})") from error
+        raise UserError(f"Inception's weights ({path}) {rule}: {why}; give another --inception PATH") from error
+    # channels last takes a third less time on a CPU and changes features by 1e-5
+    return net if cuda else net.to(memory_format=torch.channels_last), digest(path) if path else "default"
 
 
 def extract(net, pictures: Pictures, n: int, device):
     """Features (n, D) and class scores (n, classes) of the first n pictures, float32, and their [height, width]."""
     parts, size = [], pictures.read(0).shape[1:]
     with ThreadPoolExecutor(4) as pool, tqdm(total=n, desc=f"features of {pictures.name}", unit="img") as bar:
-        for start in range(0, n, BATCH):
-            x = list(pool.map(pictures.read, range(start, min(n, start + BATCH))))
-            for i, shape in enumerate((picture.shape[1:] for picture in x), start):
-                if shape != size:
-                    rule = f"mixed sizes, picture {i} is {shape} and the first {size} (height, width)"
+        for numbers in chunks(n, BATCH):
+            x = list(pool.map(pictures.read, numbers))
+            for i, picture in zip(numbers, x):
+                if picture.shape[1:] != size:
+                    rule = f"mixed sizes, picture {i} is {picture.shape[1:]} and the first {size} (height, width)"
                     raise UserError(f"{pictures.name}: {rule}; give --side to crop them all")
             parts.append([f.cpu() for f in net(torch.from_numpy(np.stack(x)).to(device))])
             bar.update(len(x))
@@ -205,10 +210,9 @@ def array_pictures(name, pixels: np.ndarray) -> Pictures:
 def open_pictures(path: str, side: int | None) -> Pictures:
     """A folder of pictures at any depth, or a data set of `data.open_data` that holds pixels."""
     folder, known = Path(path).expanduser(), ("train-images*-ubyte*", "data_batch_*.bin")
-    if path != "demo" and folder.is_dir() and not any(any(folder.glob(name)) for name in known):
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in data.PICTURES)
-        if not files:
-            raise UserError(f"{path}: no pictures in it; expected files such as .png or .jpg, idx files, or CIFAR-10's")
+    named = path == "demo" or any(any(folder.glob(name)) for name in known)
+    files = [] if named else sorted(f for f in folder.rglob("*") if f.suffix.lower() in data.PICTURES)
+    if files:
         return file_pictures(folder, files, side)
     source = data.open_data(path)
     if not hasattr(source, "pixels") or side not in (None, source.pixels.shape[2]):
@@ -239,28 +243,23 @@ def open_reference(a, net, tag, wanted: int) -> Reference:
     a.reference_num  use this many of its pictures, always the same ones; None = all.
     wanted           pictures to compare with it; fewer in the reference are an error, but for published statistics.
     """
-
-    def enough(name, n):
-        if n < wanted:
-            way = f"ask for --num {n} or fewer, or give a larger one"
-            raise UserError(f"--num {wanted}: the reference {name} has {n} pictures; {way}")
-
-    path, stats = Path(a.reference).expanduser(), None
+    path, stats, known = Path(a.reference).expanduser(), None, None
     if path.suffix == ".safetensors":
-        known = read_features(path, tag)
-        enough(path, known.n)
-        return known
-    if path.suffix == ".npz":
+        pictures = known = read_features(path, tag)
+    elif path.suffix == ".npz":
         pictures, stats = open_npz(path)
-        if pictures is None:
-            return Reference(str(path), 0, "unknown (statistics)", stats)
     else:
         pictures = open_pictures(a.reference, a.side)
-    n = pictures.n if a.reference_num is None else a.reference_num
+    if pictures is None:
+        return Reference(str(path), 0, "unknown (statistics)", stats)
+    n = pictures.n if known or a.reference_num is None else a.reference_num
     if not 2 <= n <= pictures.n:
         raise UserError(f"--reference_num {n}: {pictures.name} holds {pictures.n} pictures; ask for 2 to {pictures.n}")
-    if stats is None:
-        enough(pictures.name, n)
+    if n < wanted and stats is None:
+        way = f"ask for --num {n} or fewer, or give a larger one"
+        raise UserError(f"--num {wanted}: the reference {pictures.name} has {n} pictures; {way}")
+    if known:
+        return known
     key = hashlib.sha256(json.dumps([pictures.key, pictures.preprocessing, n, EXTRACTOR, tag]).encode()).hexdigest()
     file = Path(a.cache) / f"{key[:16]}.safetensors"
     if not file.is_file():
@@ -320,53 +319,99 @@ def floor(reference: Reference, n: int, device) -> dict:
 # fid: rows
 
 
-def sampled_rows(a, n: int):
-    """Rows to score, one per guidance and number of steps, and the folder for results.
+def folder_rows(a):
+    """The one row of --images, as `sampled_rows` gives them."""
+    pictures = open_pictures(a.images, a.side)
+    n, size = pictures.n if a.num is None else a.num, list(pictures.read(0).shape[1:])
+    if not 10 <= n <= pictures.n:
+        raise UserError(f"--num {n}: {a.images} holds {pictures.n} pictures; ask for 10 to {pictures.n}")
+    rows = [(dict(row=Path(a.images).name[-23:], steps=None, NFE=None), dict(images=a.images, size=size), pictures)]
+    return n, size, Path(a.cache if a.images == "demo" else a.images), rows
 
-    A row is (what the table shows of it, what it is recorded with, a function that gives its pictures). Samples lie in
-    a folder that names all they depend on, so what is there is not drawn again and nothing stale is scored.
+
+def sampled_rows(a):
+    """A row per guidance and number of steps, its pictures drawn when it is asked for.
+
+    returns  number of pictures a row, their [height, width], folder for results, and the rows: what the table shows of
+             one, what it is recorded with, and its Pictures. Samples lie in a folder that names all they depend on, so
+             what is there is not drawn again and nothing stale is scored.
     """
+    n = 50000 if a.num is None else a.num
+    if n < 10:
+        raise UserError(f"--num {n}: at least 10 pictures")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo", timeout=timedelta(days=1))              # rank 0 scores while the others sample
+        if a.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     model, row, config, results, about = open_network(a)
-    classes, rows = list(range(len(config["data"]["classes"]))), []
     guidances = a.guidance or [config["train"]["guidance"]]
     if set(guidances) != {1} and not config["train"]["drop"]:
         raise UserError(f"--guidance {guidances}: the run had --drop 0 and knows no condition to guide from; use 1")
     if min(a.steps) < 1 or not 0 <= a.interval[0] <= a.interval[1] <= 1:
         raise UserError(f"--steps {a.steps}, --interval {a.interval}: steps from 1; rising fractions within 0 and 1")
-    decode = data.decoder(config["data"], a.device, a.autoencoder)
+    decode, classes = data.decoder(config["data"], a.device, a.autoencoder), range(len(config["data"]["classes"]))
+    size = [side * decode.factor for side in config["data"]["shape"][1:]]
+    weights = results / f"{config['step']}_{about['weights'][:8]}"
     way = f"{a.precision}_{a.interval[0]:g}_{a.interval[1]:g}{'_strict' * a.strict_interval}"
-    for g in guidances:
-        options = dict(guidance=g, interval=a.interval, strict=a.strict_interval)
-        for k in a.steps:
-            trace, network = [], f"{config['step']}_{about['weights'][:8]}"
-            folder = results / network / f"seed{a.seed}_guidance{g:g}_{way}" / f"steps_{k}"
-            one = sample.images(model, row, config, [0], a.seed, k, classes, decode, trace=trace, **options)
 
-            def draw(k=k, options=options, folder=folder):
-                job = dict(num=n, out=str(folder), steps=[k], batch=a.batch, seed=a.seed, save_latents=False)
-                with contextlib.redirect_stdout(sys.stderr):
-                    job = argparse.Namespace(**job)
-                    sample.many(model, row, config, job, about["checkpoint"], classes, options, decode)
-                if dist.is_initialized():
-                    dist.barrier()
-                return file_pictures(folder, [folder / f"{i:06}.png" for i in range(n)], None)
-
+    def rows():
+        for g, k in itertools.product(guidances, a.steps):
+            options, trace = dict(guidance=g, interval=a.interval, strict=a.strict_interval), []
+            sample.latents(model, row, config, [0], a.seed, k, classes, trace=trace, **options)
+            folder = weights / f"seed{a.seed}_guidance{g:g}_{way}" / f"steps_{k}"
+            job = argparse.Namespace(num=n, out=str(folder), steps=[k], batch=a.batch, seed=a.seed, save_latents=False)
+            with contextlib.redirect_stdout(sys.stderr):
+                sample.many(model, row, config, job, about["checkpoint"], list(classes), options, decode)
+            if dist.is_initialized():
+                dist.barrier()
             shown = dict(row=f"guidance {g:g}", steps=k, NFE=sum(passes for _, _, passes in trace))
-            rows.append((shown, about | options | dict(size=list(one.shape[1:3])), draw))
-    return rows, results
+            files = [folder / f"{i:06}.png" for i in range(n)]
+            yield shown, about | options | dict(size=size), file_pictures(folder, files, None)
+
+    return n, size, results, rows()
 
 
-def scored(a, rows, n: int, net, reference: Reference, about: dict, results: Path):
-    """Rows of the table, each written to eval.jsonl as soon as it is known."""
-    if reference.features is not None:
-        real = floor(reference, n, a.device)
-        about = about | dict(floor=real)
-        yield dict(row=f"real, n = {real['n']}", steps=None, NFE=None) | {k: real[k] for k in METRICS}
-    for shown, how, draw in rows:
-        features, scores, _ = extract(net, draw(), n, a.device)
-        got = shown | metrics(features, scores, reference, a.device)
-        append(results / "eval.jsonl", how | got | about)
-        yield got
+def score(a, n: int, size: list, results: Path, rows) -> list[dict]:
+    """The table of `rows` against --reference, each row written to eval.jsonl as soon as it is known."""
+    net, tag = load_extractor(a.inception, a.device)
+    reference = open_reference(a, net, tag, n)
+    if reference.size and size != reference.size:
+        rule = f"pictures are {size}, those of the reference {reference.size} (height, width)"
+        raise UserError(f"{rule}; give --side to crop folders to one size, or another reference")
+    about = dict(n=n, reference=reference.name, reference_n=reference.n, preprocessing=reference.preprocessing)
+    about |= dict(inception=tag, torch_fidelity=torch_fidelity.__version__)
+
+    def scored():
+        if reference.features is not None:
+            about["floor"] = real = floor(reference, n, a.device)
+            yield dict(row=f"real, n = {real['n']}", steps=None, NFE=None) | {k: real[k] for k in METRICS}
+        for shown, how, pictures in rows:
+            features, scores, _ = extract(net, pictures, n, a.device)
+            got = shown | metrics(features, scores, reference, a.device)
+            append(results / "eval.jsonl", how | got | about)
+            yield got
+
+    title = f"n = {n}; reference {reference.name}: {reference.n or '?'} pictures, {reference.preprocessing}.\n"
+    title += "Figures at another n do not compare with these. First row: real against real, the floor."
+    if reference.n < 2 * n:
+        title += f"\nThe reference has less than 2 x {n}: the floor is unknown, or of fewer pictures and too high."
+    got = table(title, scored())
+    if curve := [row for row in got if row["NFE"]]:
+        draw_curve(curve, n, results / "fid.png")
+    print(f"{results / 'eval.jsonl'}: {len(got) - ('floor' in about)} more records")
+    return [dict(n=n) | row for row in got]
+
+
+def fid(a):
+    """Pictures of a network or of --images against a reference. Under torchrun all ranks draw and the first scores."""
+    if a.per_category:
+        return by_category(a)
+    n, size, results, rows = folder_rows(a) if a.images else sampled_rows(a)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    got = score(a, n, size, results, rows) if first else list(rows)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return got
 
 
 def by_category(a):
@@ -385,52 +430,6 @@ def by_category(a):
     table(f"{images} against {reference}, by category. Few pictures have a high FID: compare at one n", rows)
 
 
-def fid(a):
-    if a.per_category:
-        return by_category(a)
-    n, first, got = a.num, True, []
-    if a.images:
-        pictures = open_pictures(a.images, a.side)
-        n, results = pictures.n if n is None else n, Path(a.cache if a.images == "demo" else a.images)
-        if not 10 <= n <= pictures.n:
-            raise UserError(f"--num {n}: {a.images} holds {pictures.n} pictures; ask for 10 to {pictures.n}")
-        how = dict(images=a.images, size=list(pictures.read(0).shape[1:]))
-        rows = [(dict(row=Path(a.images).name[-23:], steps=None, NFE=None), how, lambda: pictures)]
-    else:
-        n = 50000 if n is None else n
-        if n < 10:
-            raise UserError(f"--num {n}: at least 10 pictures")
-        if "RANK" in os.environ:
-            dist.init_process_group("gloo", timeout=timedelta(days=1))          # rank 0 scores while the others sample
-            first = dist.get_rank() == 0
-            if a.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        rows, results = sampled_rows(a, n)
-    if first:
-        net, tag = load_extractor(a.inception, a.device)
-        reference = open_reference(a, net, tag, n)
-        for _, how, _ in rows:
-            if reference.size and how["size"] != reference.size:
-                rule = f"pictures are {how['size']}, those of the reference {reference.size} (height, width)"
-                raise UserError(f"{rule}; give --side to crop folders to one size, or another reference")
-        about = dict(n=n, reference=reference.name, reference_n=reference.n, preprocessing=reference.preprocessing)
-        about |= dict(inception=tag, torch_fidelity=torch_fidelity.__version__)
-        title = f"n = {n}; reference {reference.name}: {reference.n or '?'} pictures, {reference.preprocessing}.\n"
-        title += "Figures at another n do not compare with these. First row: real against real, the floor."
-        if reference.n < 2 * n:
-            title += f"\nThe reference has less than 2 x {n}: the floor is unknown, or of fewer pictures and too high."
-        got = table(title, scored(a, rows, n, net, reference, about, results))
-        draw_curve([row for row in got if row["NFE"]], n, results / "fid.png")
-        print(f"{results / 'eval.jsonl'}: {len(rows)} more records")
-        got = [dict(n=n) | row for row in got]
-    else:
-        for _, _, draw in rows:
-            draw()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return got
-
-
 def draw_curve(rows, n, path: Path) -> None:
     """FID over NFE, a line per guidance, where matplotlib is installed."""
     try:
@@ -442,10 +441,9 @@ def draw_curve(rows, n, path: Path) -> None:
     for name in dict.fromkeys(row["row"] for row in rows):
         points = sorted((row["NFE"], row["FID"]) for row in rows if row["row"] == name)
         axes.plot(*zip(*points), "o-", label=name)
-        axes.legend()
+    axes.legend()
     axes.set(xscale="log", yscale="log", xlabel="network evaluations per picture", ylabel=f"FID, n = {n}")
-    if rows:
-        figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,17 +479,14 @@ def derivative_errors(model, row, x, eps, t, r, y):
 
     fp64 shows truncation alone, fp32 and bf16 (attention and MLP) what rounding adds: the choice of h.
     """
-    nets = dict(fp64=copy.deepcopy(model).double(), fp32=model, bf16=lower_precision(copy.deepcopy(model)))
-    double = [v.double() for v in (x, eps, t, r)]
-    exact = transition.exact_derivative(train.see(nets["fp64"], row), row, *double, y)
+    single, double = (x, eps, t, r), [v.double() for v in (x, eps, t, r)]
+    ways = dict(fp64=(copy.deepcopy(model).double(), double), fp32=(model, single))
+    ways["bf16"] = lower_precision(copy.deepcopy(model)), single
+    ways = {name: (train.see(net, row), row, *inputs, y) for name, (net, inputs) in ways.items()}
+    exact = transition.exact_derivative(*ways["fp64"])
     for h in (0.001, 0.005, 0.01, 0.02, 0.05):
-        errors = {}
-        for name, net in nets.items():
-            df_dt = transition.finite_difference(
-                train.see(net, row), row, *(double if name == "fp64" else (x, eps, t, r)), y, h
-            )
-            errors[name] = float((df_dt - exact).norm() / exact.norm())
-        yield dict(h=f"{h:g}") | errors
+        gaps = {name: transition.finite_difference(*way, h) - exact for name, way in ways.items()}
+        yield dict(h=f"{h:g}") | {name: float(gap.norm() / exact.norm()) for name, gap in gaps.items()}
 
 
 @torch.no_grad()
@@ -503,19 +498,22 @@ def consistency(a):
     source = data.open_data(trained_on(a, config), spec["shape"], len(spec["classes"]))
     together = data.same_shape(source)
 
+    def draw(index, rng, numbers):
+        """Pictures and labels number `index`, and the noise of samples number `numbers`: x, eps, y."""
+        x, y = (torch.from_numpy(v).to(a.device) for v in (source.read(index, rng), source.labels[index]))
+        return x, sample.initial_noise(x.shape[1:], a.seed, numbers, a.device), y
+
     def bins():
-        for low, high in zip(LENGTHS[:-1], LENGTHS[1:]):
+        for low, high in itertools.pairwise(LENGTHS):
             parts = []
-            for start in range(0, a.num, a.batch):
-                n, rng = min(a.batch, a.num - start), np.random.default_rng((a.seed, start))
-                index = together[rng.integers(len(together), size=n)]
-                x, y = torch.from_numpy(source.read(index, rng)), torch.from_numpy(source.labels[index])
-                eps = sample.initial_noise(x.shape[1:], a.seed, range(start, start + n))
+            for numbers in chunks(a.num, a.batch):
+                n, rng = len(numbers), np.random.default_rng((a.seed, numbers.start))
+                x, eps, y = draw(together[rng.integers(len(together), size=n)], rng, numbers)
                 length = span * (low + (high - low) * rng.random(n))
                 late = row.t_min + length + (span - length) * rng.random(n)     # so that r >= t_min
                 times = late, late - length * rng.random(n), late - length
-                t, s, r = (torch.from_numpy(v).float().clamp(row.t_min, row.t_max) for v in times)
-                parts.append(identity(model, row, *(v.to(a.device) for v in (x, eps, t, s, r, y))))
+                times = (torch.from_numpy(v).float().clamp(row.t_min, row.t_max).to(a.device) for v in times)
+                parts.append(identity(model, row, x, eps, *times, y))
             jump, own, target = (torch.cat([p[k] for p in parts]) for k in ("jump", "own", "target"))
             middle = dict(jump=float(jump.median()), own=float(own.median()), target=float(target.mean()))
             yield dict(length=f"{low:g} to {high:g}") | middle
@@ -524,12 +522,11 @@ def consistency(a):
     title += "jump: t -> r against t -> s -> r; own: f against its target on its own path; target: on the data's"
     got = table(title, bins())
     n = min(a.num, a.batch, len(together))
-    x, y = source.read(together[:n], np.random.default_rng(a.seed)), source.labels[together[:n]]
-    x, y = torch.from_numpy(x).to(a.device), torch.from_numpy(y).to(a.device)
-    times = (row.t_min + span * torch.rand(2, n, generator=data.rng(a.seed), dtype=torch.float64)).float().to(a.device)
-    eps = sample.initial_noise(x.shape[1:], a.seed, range(n), a.device)
-    inputs = x, eps, times.amax(0), times.amin(0), y
-    errors = table("relative error of df/dt by difference, by its half width h", derivative_errors(model, row, *inputs))
+    x, eps, y = draw(together[:n], np.random.default_rng(a.seed), range(n))
+    times = row.t_min + span * torch.rand(2, n, generator=data.rng(a.seed), dtype=torch.float64)
+    t, r = times.sort(0, descending=True).values.float().to(a.device)
+    rows = derivative_errors(model, row, x, eps, t, r, y)
+    errors = table("relative error of df/dt by difference, by its half width h", rows)
     append(results / "consistency.jsonl", about | dict(n=a.num, table=got, derivative=errors))
     print(f"{results / 'consistency.jsonl'}: 1 more record")
 
@@ -560,8 +557,8 @@ def clip(a):
         raise UserError(f"--model {a.model}: {str(error).splitlines()[0]}; give a hub name or a folder") from error
     model.to(a.device).eval()
     scores = []
-    for start in tqdm(range(0, len(pairs), a.batch), unit="batch"):
-        files, captions = zip(*pairs[start : start + a.batch])
+    for numbers in tqdm(chunks(len(pairs), a.batch), unit="batch"):
+        files, captions = zip(*(pairs[i] for i in numbers))
         pixels = [read_file(f, None) for f in files]
         fed = processor(text=list(captions), images=pixels, return_tensors="pt", padding=True, truncation=True)
         out = model(**fed.to(a.device))
@@ -591,9 +588,8 @@ def glance(pictures: np.ndarray) -> torch.Tensor:
 
 def dominant_colours(pictures: np.ndarray) -> list[str]:
     """The word of COLOURS that is nearest to most pixels of each, not counting a near-white background."""
-    x = torch.from_numpy(pictures).float().flatten(1, 2)                        # (n, H W, C)
-    x = x.expand(-1, -1, 3)
-    word = torch.cdist(x, torch.tensor([list(map(float, v)) for v in COLOURS.values()])).argmin(2)
+    x = torch.from_numpy(pictures).float().flatten(1, 2).expand(-1, -1, 3)      # (n, H W, 3), also of grey
+    word = torch.cdist(x, torch.tensor(list(COLOURS.values()), dtype=torch.float32)).argmin(2)
     votes = (F.one_hot(word, len(COLOURS)) * (x.amin(2) < 240)[..., None]).sum(1)
     return [list(COLOURS)[k] if n else "white" for n, k in zip(*(v.tolist() for v in votes.max(1)))]
 
@@ -631,16 +627,16 @@ def captions(a):
     spec, place = config["data"], trained_on(a, config)
     guidance = config["train"]["guidance"] if a.guidance is None else a.guidance
     decode, chance = data.decoder(spec, a.device, a.autoencoder), np.random.default_rng(0)
-    parts = {"seen": data.open_data(place, spec["shape"])}
+    sets = {"seen": data.open_data(place, spec["shape"])}
     if place == "emoji":
-        parts["held out"] = data.emoji(held_out=True)
+        sets["held out"] = data.emoji(held_out=True)
     pictures, names, groups, spans = [], [], [], {}
-    for part, source in parts.items():
+    for name, source in sets.items():
         index = data.same_shape(source)
         index = index[np.linspace(0, len(index) - 1, min(len(index), 5000)).astype(int)]
-        some_each = filter(len, np.array_split(index, 50))
-        pictures += [decode(torch.from_numpy(source.read(some, chance))) for some in some_each]
-        spans[part] = range(len(names), len(names) + len(index))
+        parts = filter(len, np.array_split(index, 50))
+        pictures += [decode(torch.from_numpy(source.read(few, chance))) for few in parts]
+        spans[name] = range(len(names), len(names) + len(index))
         names += [source.captions[k] for k in source.captions.draw(source.labels[index], chance)]
         groups += [source.records[i][2] for i in index] if hasattr(source, "records") else [""] * len(index)
     pictures = np.concatenate(pictures)
@@ -652,14 +648,12 @@ def captions(a):
             other = [own[k - len(own) // 2] for k in range(len(own))]           # pictures of other captions
             yield dict(row=f"{part}: random caption", steps=None) | caption_scores(pictures[other], own, real)
             texts = sample.encode_prompts([names[i] for i in own], config, a.device, a.text_encoder)
-            options = dict(guidance=guidance, texts=texts, decode=decode)
-            for steps in a.steps:
-                drawn = [
-                    sample.images(model, row, config, range(k, min(k + a.batch, a.num)), a.seed, steps, range(len(own)),
-                                  **options) for k in range(0, a.num, a.batch)
-                ]  # fmt: skip
-                got = caption_scores(np.concatenate(drawn), [own[i % len(own)] for i in range(a.num)], real)
-                yield dict(row=part, steps=steps) | got
+            prompts, options = range(len(own)), dict(guidance=guidance, texts=texts, decode=decode)
+            for k in a.steps:
+                draw = lambda numbers: sample.images(model, row, config, numbers, a.seed, k, prompts, **options)
+                drawn = np.concatenate([draw(numbers) for numbers in chunks(a.num, a.batch)])
+                got = caption_scores(drawn, [own[i % len(own)] for i in range(a.num)], real)
+                yield dict(row=part, steps=k) | got
             yield dict(row=f"{part}: nearest other", steps=None) | caption_scores(pictures[own], own, real, others=True)
             yield dict(row=f"{part}: real", steps=None) | caption_scores(pictures[own], own, real)
 
@@ -691,53 +685,61 @@ def forward_flops(model: TiM, tokens: int, caption: int = 0) -> tuple[int, int]:
     return linear, len(model.blocks) * 4 * tokens * (tokens + caption) * width
 
 
+def peak_memory(action, device) -> float:
+    """MiB that action() allocates beyond what was there."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        action()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:       # the allocator's own events
+        action()
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return float(held.max(initial=0)) / 2**20
+
+
 def measure(actions, device, repeats: int, limit: float = 20.0) -> list[tuple[float, float]]:
-    """Median seconds of each action() after warm-up, and the peak MiB it allocates beyond what was there.
+    """Median seconds of each action() after warm-up, and its `peak_memory`; nan where the device has too little of it.
 
     They take turns, so that what else the machine does falls on all alike: at least one turn, at most `repeats`, none
-    begun after `limit` seconds per action. What the device has no memory for is nan.
+    begun after `limit` seconds per action.
     """
-    cuda, peaks, times, actions = device.type == "cuda", [], [], list(actions)
-    wait = (lambda: torch.cuda.synchronize(device)) if cuda else lambda: None
+    actions, peaks, turns = list(actions), [], []
     for i, action in enumerate(actions):
         try:
             action()
-            if cuda:
-                wait()
-                before = torch.cuda.memory_allocated(device)
-                torch.cuda.reset_peak_memory_stats(device)
-                action()
-                wait()
-                peaks.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
-            else:                                                               # the allocator's own events
-                with torch.autograd.profiler.profile(profile_memory=True) as profile:
-                    action()
-                events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-                held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-                peaks.append(float(held.max(initial=0)) / 2**20)
+            peaks.append(peak_memory(action, device))
         except torch.OutOfMemoryError:
             actions[i] = None
             peaks.append(math.nan)
-    begin = time.perf_counter()
-    while not times or len(times) < repeats and time.perf_counter() - begin < limit * len(peaks):
-        times.append([])
+
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    begin = clock()
+    while not turns or len(turns) < repeats and clock() - begin < limit * len(actions):
+        turns.append([])
         for action in actions:
-            start = time.perf_counter() if action else math.nan
+            start = clock()
             action and action()
-            wait()
-            times[-1].append(time.perf_counter() - start)
-    return [(statistics.median(column), peak) for column, peak in zip(zip(*times), peaks)]
+            turns[-1].append(clock() - start if action else math.nan)
+    return list(zip(map(statistics.median, zip(*turns)), peaks))
 
 
-def matmul_rates(model, rows: int, device, dtype, repeats: int) -> dict:
-    """FLOP/s of plain matrix products: at the shapes of one block on `rows` tokens, and at a large square."""
-    block, side, out = model.blocks[0], 8192 if device.type == "cuda" else 2048, {}
+def matmul_rates(model, rows: int, repeats: int) -> dict:
+    """FLOP/s of plain matrix products in the type of `model`: at the shapes of one block on `rows` tokens, and at a
+    large square."""
+    block, like = model.blocks[0], model.blocks[0].attn.qkv.weight
     layers = block.attn.qkv, block.attn.proj, block.mlp.fc1_g, block.mlp.fc1_x, block.mlp.fc2
     shapes = [(rows, layer.in_features, layer.out_features) for layer in layers]
+    side, out = 8192 if like.is_cuda else 2048, {}
     for name, sizes in (("shapes", shapes), ("square", [(side, side, side)])):
-        normal = lambda *size: torch.randn(*size, device=device).to(dtype)
+        normal = lambda *size: torch.randn(*size, device=like.device).to(like.dtype)
         pairs = [(normal(m, k), normal(n, k)) for m, k, n in sizes]
-        ((seconds, _),) = measure([lambda pairs=pairs: [F.linear(p, w) for p, w in pairs]], device, repeats)
+        ((seconds, _),) = measure([lambda pairs=pairs: [F.linear(p, w) for p, w in pairs]], like.device, repeats)
         out[name] = sum(2 * m * k * n for m, k, n in sizes) / seconds
     return out
 
@@ -758,22 +760,29 @@ def plain_jvp(net, row, x, eps, t, r, y):
         return torch.func.jvp(path, (t,), (torch.ones_like(t),))[1]
 
 
-class NoiseTexts:
-    """Stands for sample.Texts where only the time counts: random features (B, L, F) of L real tokens each."""
+def setting(cfg, device):
+    """What a configuration leaves to the data and the text encoder, looked up where it does.
 
-    def __init__(self, length: int, width: int, device):
-        self.features, self.null = torch.randn(1, length, width, device=device), 1
+    returns  shape (C, H, W) of the data; tokens of a caption (0: classes); arguments of TiM; and where there are
+             captions sample.Texts of one, noise instead of an encoder's features, as only the time counts.
+    """
+    shape, classes, length, caption = (cfg.channels, cfg.side, cfg.side), cfg.classes, 256, cfg.caption
+    if not (all(shape) and (classes or caption)):
+        spec = data.open_data(cfg.data, shape, classes).spec
+        shape, classes = tuple(spec["shape"]), len(spec["classes"])
+    if not (classes or caption):
+        length, caption = (sample.load_text_encoder(cfg.text_encoder)[1][k] for k in ("length", "width"))
+    network = train.network_of(cfg, shape, classes, caption=caption)
+    if not caption:
+        return shape, 0, network, None
+    encode = lambda texts: (torch.randn(len(texts), length, caption), torch.ones(len(texts), length, dtype=torch.bool))
+    return shape, length, network, sample.Texts(data.Captions([["noise"]]), encode, device)
 
-    def __call__(self, y):
-        features = self.features.expand(len(y), -1, -1)
-        return features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
 
-
-def derivative_rows(model, low, row, h, inputs, repeats, texts=None):
-    """The paper's Table 2 on the samples with r < t: `low` computes as training does, `model` is its fp32 twin."""
-    net, device = train.see(low, row, texts), inputs[0].device
+def derivative_rows(exact_net, net, row, h, inputs, repeats):
+    """The paper's Table 2 on the samples with r < t: `net` computes as training does, `exact_net` in fp32."""
     parts = zip(*(v.split(32) for v in inputs))                                 # its attention takes memory
-    exact = torch.cat([transition.exact_derivative(train.see(model, row, texts), row, *part) for part in parts])
+    exact = torch.cat([transition.exact_derivative(exact_net, row, *part) for part in parts])
     halves = lambda *args: torch.cat([net(*half) for half in zip(*(v.chunk(2) for v in args))])
     ways = {
         "DDE, one pass": lambda: transition.finite_difference(net, row, *inputs, h),
@@ -781,21 +790,20 @@ def derivative_rows(model, low, row, h, inputs, repeats, texts=None):
         "JVP, torch.func.jvp": lambda: plain_jvp(net, row, *inputs),
         "JVP, exact_derivative": lambda: transition.exact_derivative(net, row, *inputs),
     }
-    for (name, way), (seconds, peak) in zip(ways.items(), measure(ways.values(), device, repeats)):
+    for (name, way), (seconds, peak) in zip(ways.items(), measure(ways.values(), exact.device, repeats)):
         with FlopCounterMode(display=False) as counter:
             error = math.nan if math.isnan(seconds) else float((way() - exact).norm() / exact.norm())
         yield dict(derivative=name, ms=1e3 * seconds, GFLOPs=counter.get_total_flops() / 1e9, MiB=peak, error=error)
 
 
-def training_rows(cfg, network, row, h, flops, rates, bf16, x, y, repeats, texts=None):
+def training_rows(cfg, network, row, h, flops, rates, bf16, x, y, repeats, texts):
     """A whole update, built and sharded as train.py does. Peak memory has weights, average and moments in it."""
-    linear, attention = flops
-    device, free = x.device, len(x) - transition.diffusion_count(len(x), cfg.share_diffusion)
+    (linear, attention), forward = flops, sum(flops)
+    free = len(x) - transition.diffusion_count(len(x), cfg.share_diffusion)
     plain = replace(cfg, guide_gt=1.0, guide_cond=0.0)
-    model, ema, optimizer = train.build(cfg, network, device, bf16)
+    model, ema, optimizer = train.build(cfg, network, x.device, bf16)
     kept = 16 * sum(p.numel() for p in model.parameters()) / 2**20              # four tensors of fp32
-    forward, once = linear + attention, None
-    ways = {  # name: (configuration, useful FLOPs beside the forward and backward of the batch)
+    arms = {  # name: (configuration, useful FLOPs beside the forward and backward of the batch)
         "diffusion only": (replace(plain, share_diffusion=1.0, share_consistency=0.0), 0),
         "DDE": (replace(plain, derivative="dde"), 2 * free * forward),
         "JVP": (replace(plain, derivative="jvp"), free * (2 * linear + 3 * attention)),
@@ -803,35 +811,37 @@ def training_rows(cfg, network, row, h, flops, rates, bf16, x, y, repeats, texts
     }
 
     def update(arm):
-        loss, *_ = train.objective(model, ema, row, arm, h, x, y, data.rng(0, 0, device=device), texts=texts)
+        loss, *_ = train.objective(model, ema, row, arm, h, x, y, data.rng(0, 0, device=x.device), texts=texts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
         optimizer.step()
         optimizer.zero_grad()
         train.update_average(ema, model, 0.999)
 
-    costs = measure([lambda arm=arm: update(arm) for arm, _ in ways.values()], device, repeats)
-    for (name, (_, extra)), (seconds, peak) in zip(ways.items(), costs):
-        once, useful = once or seconds, 3 * len(x) * forward + extra
+    costs = measure([lambda arm=arm: update(arm) for arm, _ in arms.values()], x.device, repeats)
+    for (name, (_, extra)), (seconds, peak) in zip(arms.items(), costs):
+        useful = 3 * len(x) * forward + extra
+        cost = {"ms": 1e3 * seconds, "x diffusion": seconds / costs[0][0], "images/s": len(x) / seconds}
         shares = {f"of {k}": useful / seconds / rate for k, rate in rates.items()}
-        cost = {"ms": 1e3 * seconds, "x diffusion": seconds / once, "images/s": len(x) / seconds}
         yield dict(step=name) | cost | {"MiB": kept + peak, "GFLOPs": useful / 1e9} | shares
 
 
-def sampling_rows(networks, row, shape, steps, batch, flops, rates, device, repeats, texts=None):
-    """Noise to network space. networks: {"fp32": model, "bf16": ...}."""
-    z, y = sample.initial_noise(shape, 0, range(batch), device), torch.zeros(batch, dtype=torch.int64, device=device)
-    y, null = (texts(y), texts(y)) if texts else (y, None)
-    first = lambda v: tuple(map(first, v)) if isinstance(v, tuple) else None if v is None else v[:1]
-    for name, model in networks.items():
-        for guidance, k in ((g, k) for g in (1.0, 1.5) for k in steps):
-            trace = []
-            sample.generate(model, row, z[:1], first(y), k, guidance, null=first(null), trace=trace)
-            run = lambda: sample.generate(model, row, z, y, k, guidance, null=null)
-            ((seconds, _),), nfe = measure([run], device, repeats), sum(passes for _, _, passes in trace)
-            speed = {"ms": 1e3 * seconds, "images/s": batch / seconds}
-            share = {"of shapes": batch * nfe * sum(flops) / seconds / rates[name]["shapes"]}
-            yield dict(sampling=f"{name}, guidance {guidance:g}", steps=k, NFE=nfe) | speed | share
+def sampling_inputs(shape, n: int, texts, device):
+    """Noise and condition of n pictures."""
+    y = torch.zeros(n, dtype=torch.int64, device=device)
+    return sample.initial_noise(shape, 0, range(n), device), texts(y) if texts else y
+
+
+def sampling_rows(models, row, z, y, steps, flops, rates, repeats):
+    """Noise to network space. models, rates: of "fp32" and, where it is known, of "bf16"."""
+    for name, guidance, k in itertools.product(models, (1.0, 1.5), steps):
+        trace = []
+        run = lambda: sample.generate(models[name], row, z, y, k, guidance, null=y, trace=trace)
+        ((seconds, _),) = measure([run], z.device, repeats)
+        nfe = sum(passes for _, _, passes in trace[:k])
+        speed = {"ms": 1e3 * seconds, "images/s": len(z) / seconds}
+        share = {"of shapes": len(z) * nfe * sum(flops) / seconds / rates[name]["shapes"]}
+        yield dict(sampling=f"{name}, guidance {guidance:g}", steps=k, NFE=nfe) | speed | share
 
 
 def decoding_rows(autoencoder: str, shape, batch: int, device, repeats):
@@ -845,18 +855,17 @@ def decoding_rows(autoencoder: str, shape, batch: int, device, repeats):
 def resolution_rows(a, cfg, device):
     """Time and memory of one unguided picture by its side and NFE, computed from shapes; on a GPU measured as well."""
     cuda, factor = device.type == "cuda", data.FACTORS.get(cfg.autoencoder, 1)
-    network = train.network_of(cfg, (cfg.channels, cfg.side, cfg.side), cfg.classes, caption=cfg.caption)
+    (channels, *_), length, network, texts = setting(cfg, device)
+    row = transition.TRANSPORTS[cfg.transport]
     with torch.device(device if cuda else "meta"):
         model = TiM(**network).requires_grad_(False)
     if cfg.precision != "fp32":
         lower_precision(model)
-    row = transition.TRANSPORTS[cfg.transport]
     for side in a.sizes:
         if side % (factor * cfg.patch):
             raise UserError(f"--sizes {side}: must be a multiple of {factor * cfg.patch}, pixels per place x patch")
-        shape = cfg.channels, side // factor, side // factor
-        tokens = (shape[1] // cfg.patch) ** 2
-        linear, attention = forward_flops(model, tokens, 256 if cfg.caption else 0)
+        shape, tokens = (channels, side // factor, side // factor), (side // factor // cfg.patch) ** 2
+        linear, attention = forward_flops(model, tokens, length)
         need = sample.memory_needed(model, shape, 1, factor)
         for n in a.steps:
             flops = n * (linear + attention)
@@ -864,90 +873,79 @@ def resolution_rows(a, cfg, device):
             got |= {"attention": attention / (linear + attention), f"s at {a.tflops:g}T": flops / a.tflops / 1e12}
             got |= {"GiB": need["weights"] + need["network"], "s measured": None, "GiB measured": None}
             if cuda:
-                y = torch.zeros(1, 256, cfg.caption) if cfg.caption else torch.zeros(1, dtype=torch.int64)
-                z, y = sample.initial_noise(shape, 0, [0], device), y.to(device)
-                run = lambda n=n, z=z, y=y: sample.generate(model, row, z, y, n, null=y)
+                z, y = sampling_inputs(shape, 1, texts, device)
+                run = lambda: sample.generate(model, row, z, y, n, null=y)
                 ((got["s measured"], peak),) = measure([run], device, a.repeats)
                 got["GiB measured"] = need["weights"] + peak / 1024
             yield got
 
 
-def speed(a, rest):
-    """Three tables of one network in one run; every flag of train.py changes it."""
-    cfg, _ = train.parse_config(["--config", a.config, *rest])
-    device = train.connect(cfg.device)
-    try:
-        if a.sizes:
-            title = f"{cfg.size}/{cfg.patch}, one picture, without decoding; computed at {a.tflops:g} TFLOP/s"
-            rows = table(title, resolution_rows(a, cfg, device))
-            path = Path(a.out or Path(cfg.runs) / f"resolution_{cfg.name}.json")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(dict(config=asdict(cfg), rows=rows) | provenance(), indent=1))
-        else:
-            speed_tables(a, cfg, device)
-    finally:
-        dist.destroy_process_group()
-
-
-def speed_tables(a, cfg, device):
-    shape, classes, row = (cfg.channels, cfg.side, cfg.side), cfg.classes, transition.TRANSPORTS[cfg.transport]
-    length, caption = 256, cfg.caption
-    if not (all(shape) and (classes or caption)):
-        spec = data.open_data(cfg.data, shape, classes).spec
-        shape, classes = tuple(spec["shape"]), len(spec["classes"])
-    if not (classes or caption):
-        length, caption = (sample.load_text_encoder(cfg.text_encoder)[1][k] for k in ("length", "width"))
-    network = train.network_of(cfg, shape, classes, caption=caption)
-    texts = NoiseTexts(length, caption, device) if caption else None
+def speed_tables(a, cfg, device) -> dict:
+    """Four tables of one network: derivative, update, sampling, decoding; returned with what they were measured on."""
+    shape, length, network, texts = setting(cfg, device)
+    row, n, cuda = transition.TRANSPORTS[cfg.transport], cfg.batch, device.type == "cuda"
     torch.manual_seed(cfg.seed)
     model = TiM(**network).to(device).requires_grad_(False)
     for p in model.parameters():
         if not p.any():                                                         # an output of zero has no derivative
             torch.nn.init.normal_(p, std=0.02)
-    cuda, cpu, n = device.type == "cuda", device.type == "cpu", cfg.batch
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and cuda)
-    types, networks = dict(fp32=torch.float32), {"fp32": model}
-    if bf16 or cuda or cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        types["bf16"], networks["bf16"] = torch.bfloat16, lower_precision(copy.deepcopy(model))
+    models, bf16 = {"fp32": model}, cfg.precision == "bf16" or (cfg.precision == "auto" and cuda)
+    if bf16 or cuda or device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        models["bf16"] = lower_precision(copy.deepcopy(model))
     if cfg.compile:
-        for block in (block for model in networks.values() for block in model.blocks):
+        for block in (block for model in models.values() for block in model.blocks):
             block.compile()
-    kind, h, rng = "bf16" if bf16 else "fp32", train.difference_width(cfg, bf16), data.rng(cfg.seed, device=device)
-    tokens = shape[1] * shape[2] // cfg.patch**2
-    flops, rates = forward_flops(model, tokens, length if texts else 0), {}
+    nets, kind = {k: train.see(model, row, texts) for k, model in models.items()}, "bf16" if bf16 else "fp32"
+    h, tokens = train.difference_width(cfg, bf16), shape[1] * shape[2] // cfg.patch**2
+    flops, size = forward_flops(model, tokens, length), sum(p.numel() for p in model.parameters())
     name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"
-    size = sum(p.numel() for p in model.parameters())
     print(f"{cfg.name}: {size:,} parameters, {tokens} tokens, {sum(flops) / 1e9:.4g} GFLOPs a picture, on {name}")
-    for k, dtype in types.items():
-        rates[k] = matmul_rates(model, n * tokens, device, dtype, a.repeats)
-        of = " and ".join(f"{rate / 1e9:.5g} GFLOP/s at the {which}" for which, rate in rates[k].items())
+    rates = {k: matmul_rates(model, n * tokens, a.repeats) for k, model in models.items()}
+    for k, rate in rates.items():
+        of = " and ".join(f"{v / 1e9:.5g} GFLOP/s at the {which}" for which, v in rate.items())
         print(f"matmul in {k}: {of} (of the network, large)")
 
+    rng = data.rng(cfg.seed, device=device)
     x, eps = torch.randn(2, n, *shape, generator=rng, device=device)
-    y = torch.randint(classes or 1, (n,), generator=rng, device=device)
+    y = torch.randint(network.get("classes", 1), (n,), generator=rng, device=device)
     t, r = transition.sample_times(row, n, cfg.share_diffusion, cfg.share_consistency, rng, cfg.time_mean, cfg.time_std)
-    inputs = tuple(v[transition.diffusion_count(n, cfg.share_diffusion) :] for v in (x, eps, t, r, y))
-    out = dict(config=asdict(cfg), device=name, parameters=size, tokens=tokens, flops=sum(flops), matmul=rates, h=h)
-    out["attention"] = {k: attention_kernel(train.see(net, row, texts), (x, t, r, y)) for k, net in networks.items()}
+    out = dict(device=name, parameters=size, tokens=tokens, flops=sum(flops), matmul=rates, h=h)
+    out["attention"] = {k: attention_kernel(net, (x, t, r, y)) for k, net in nets.items()}
     print("attention in " + "; ".join(f"{k}: {kernel}" for k, kernel in out["attention"].items()))
-    if len(inputs[0]):
-        title = f"df/dt of {len(inputs[0])} pictures in {kind}, h {h:g}. FLOPs by torch's counter, error to fp32 JVP"
-        rows = derivative_rows(networks["fp32"], networks[kind], row, h, inputs, a.repeats, texts)
-        out["derivative"] = table(title, rows)
+    free = slice(transition.diffusion_count(n, cfg.share_diffusion), None)
+    if len(x[free]):
+        title = f"df/dt of {len(x[free])} pictures in {kind}, h {h:g}. FLOPs by torch's counter, error to fp32 JVP"
+        inputs = [v[free] for v in (x, eps, t, r, y)]
+        out["derivative"] = table(title, derivative_rows(nets["fp32"], nets[kind], row, h, inputs, a.repeats))
     title = f"An update on {n} pictures in {kind}, compile {cfg.compile}. Useful FLOPs, their share of the matmul rates"
     rows = training_rows(cfg, network, row, h, flops, rates[kind], bf16, x, y, a.repeats, texts)
     out["training"] = table(title, rows)
     count = a.sample_batch or (n if cuda else min(n, 16))
-    rows = sampling_rows(networks, row, shape, a.steps, count, flops, rates, device, a.repeats, texts)
+    rows = sampling_rows(models, row, *sampling_inputs(shape, count, texts, device), a.steps, flops, rates, a.repeats)
     out["sampling"] = table(f"Sampling, {count} pictures at a time, no decoding", rows)
     try:
         rows = decoding_rows(cfg.autoencoder, shape, count, device, a.repeats) if cfg.autoencoder else ()
         out["decoding"] = rows and table(f"Decoding, {count} pictures at a time", rows)
     except UserError as error:
         print(f"\nDecoding was not measured: {error}")
-    path = Path(a.out or Path(cfg.runs) / f"speed_{cfg.name}.json")
+    return out
+
+
+def speed(a, *rest):
+    """Tables of one network in one run; every flag of train.py, in `rest`, changes it."""
+    cfg, _ = train.parse_config(["--config", a.config, *rest])
+    device = train.connect(cfg.device)
+    try:
+        if a.sizes:
+            title = f"{cfg.size}/{cfg.patch}, one picture, without decoding; computed at {a.tflops:g} TFLOP/s"
+            out = dict(rows=table(title, resolution_rows(a, cfg, device)))
+        else:
+            out = speed_tables(a, cfg, device)
+    finally:
+        dist.destroy_process_group()
+    path = Path(a.out or Path(cfg.runs) / f"{'resolution' if a.sizes else 'speed'}_{cfg.name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(out | provenance(), indent=1))
+    path.write_text(json.dumps(dict(config=asdict(cfg)) | out | provenance(), indent=1))
     print(f"\n{path}")
 
 
@@ -1018,16 +1016,14 @@ def parse_arguments(argv=None):
     return a, rest
 
 
-COMMANDS = dict(fid=fid, consistency=consistency, captions=captions, clip=clip)
-
-
 def main(argv=None):
     a, rest = parse_arguments(argv)
     try:
         torch.empty(0, device=getattr(a, "device", "cpu"))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {a.device}: not to be had here ({str(error).splitlines()[0]}); try cpu") from error
-    speed(a, rest) if a.command == "speed" else COMMANDS[a.command](a)
+    commands = dict(fid=fid, consistency=consistency, captions=captions, clip=clip, speed=speed)
+    commands[a.command](a, *rest)
 
 
 if __name__ == "__main__":
