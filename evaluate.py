@@ -252,7 +252,9 @@ def open_reference(a, net, tag, wanted: int) -> Reference:
         pictures = open_pictures(a.reference, a.side)
     if pictures is None:
         return Reference(str(path), 0, "unknown (statistics)", stats)
-    n = pictures.n if known or a.reference_num is None else a.reference_num
+    n = pictures.n if a.reference_num is None else a.reference_num
+    if known and n != known.n:
+        raise UserError(f"--reference_num {n}: {path} holds features of {known.n} pictures; leave it out")
     if not 2 <= n <= pictures.n:
         raise UserError(f"--reference_num {n}: {pictures.name} holds {pictures.n} pictures; ask for 2 to {pictures.n}")
     if n < wanted and stats is None:
@@ -882,9 +884,9 @@ def resolution_rows(a, cfg, device):
 
 def speed_tables(a, cfg, device) -> dict:
     """Four tables of one network: derivative, update, sampling, decoding; returned with what they were measured on."""
+    torch.manual_seed(cfg.seed)
     shape, length, network, texts = setting(cfg, device)
     row, n, cuda = transition.TRANSPORTS[cfg.transport], cfg.batch, device.type == "cuda"
-    torch.manual_seed(cfg.seed)
     model = TiM(**network).to(device).requires_grad_(False)
     for p in model.parameters():
         if not p.any():                                                         # an output of zero has no derivative

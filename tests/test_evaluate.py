@@ -282,13 +282,17 @@ def test_bad_input_is_named(args, message, tmp_path, run):
         fid(*args)
 
 
-def test_features_of_other_weights_are_refused(tmp_path):
+def test_features_of_other_weights_or_of_another_number_are_refused(tmp_path):
     a = pictures(tmp_path / "a", 20, 1)
     fid("--images", a, "--reference", a)
+    cached = next((tmp_path / "runs" / "reference").glob("*.safetensors"))
+    fid("--images", a, "--reference", cached, "--reference_num", 20)
+    with pytest.raises(UserError, match="--reference_num 15: .* holds features of 20"):
+        fid("--images", a, "--reference", cached, "--num", 10, "--reference_num", 15)
     weights = torch.load("tiny.pth")
     torch.save(weights | dict(scores=torch.zeros(24, 10)), "tiny.pth")
     with pytest.raises(UserError, match="other weights"):
-        fid("--images", a, "--reference", next((tmp_path / "runs" / "reference").glob("*.safetensors")))
+        fid("--images", a, "--reference", cached)
 
 
 @pytest.mark.parametrize("content", [dict(a=torch.ones(2)), print], ids=["another network", "code"])
