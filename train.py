@@ -152,8 +152,8 @@ GUIDED = dict(guide_gt=1.0, guide_cond=0.75, guide_low=0.3, guide_high=0.8, guid
 PRESETS = {
     # 10,000 pictures, 9.6 epochs, 4 minutes on two cores
     "demo": Config(
-        patch=7, steps=1500, batch=64, time_mean=0.0, time_std=1.6, cosine=False, guide_gt=2.0, ema=0.998, decay=0.2,
-        log_every=20,
+        patch=7, steps=1500, batch=64, lr=4e-3, time_mean=0.0, time_std=1.6, cosine=False, guide_gt=2.0, ema=0.998,
+        decay=0.2, log_every=20,
     ),
     # 1,561 pictures with their names, 57 epochs
     "emoji": Config(
