@@ -910,7 +910,8 @@ def speed_tables(a, cfg, device) -> dict:
     rng = data.rng(cfg.seed, device=device)
     x, eps = torch.randn(2, n, *shape, generator=rng, device=device)
     y = torch.randint(network.get("classes", 1), (n,), generator=rng, device=device)
-    t, r = transition.sample_times(row, n, cfg.share_diffusion, cfg.share_consistency, rng, cfg.time_mean, cfg.time_std)
+    how = cfg.share_diffusion, cfg.share_consistency, rng, cfg.time_mean, cfg.time_std, 1.0, cfg.diffusion_at
+    t, r = transition.sample_times(row, n, *how)
     out = dict(device=name, parameters=size, tokens=tokens, flops=sum(flops), matmul=rates, h=h)
     out["attention"] = {k: attention_kernel(net, (x, t, r, y)) for k, net in nets.items()}
     print("attention in " + "; ".join(f"{k}: {kernel}" for k, kernel in out["attention"].items()))

@@ -94,6 +94,8 @@ class Config:
     share_consistency: float = opt(0.1, "share of samples with r = t_min")
     time_mean: float | None = opt(None, "mean of the draw of times, default the row's")
     time_std: float | None = opt(None, "standard deviation of the draw of times, default the row's")
+    diffusion_at: str = opt("later", "of the two draws of a sample with r = t; the authors: later",
+        ("later", "one", "earlier"))  # fmt: skip
     shift: int = opt(0, "tokens of a picture whose times stay; s = sqrt(its tokens / this) shifts them, 0 = never")
     derivative: str = opt("dde", "df/dt by central difference or forward-mode autodiff", ("dde", "jvp"))
     h: float = opt(0.0, "half width of the difference, as the network sees time; 0 = .001 in fp32, .01 in bf16")
@@ -274,7 +276,7 @@ def objective(model, ema, row, cfg, h, x, y, rng, features=None, texts=None):
     y = torch.where(torch.rand(len(y), generator=rng, device=x.device) < cfg.drop, null, y)
     shares = cfg.share_diffusion, cfg.share_consistency
     shift = resolution_shift(x[0, 0].numel() // cfg.patch**2, cfg.shift)
-    t, r = sample_times(row, len(x), *shares, rng, cfg.time_mean, cfg.time_std, shift)
+    t, r = sample_times(row, len(x), *shares, rng, cfg.time_mean, cfg.time_std, shift, cfg.diffusion_at)
     eps = torch.randn(x.shape, generator=rng, device=x.device)
     if (cfg.guide_gt, cfg.guide_cond) != (1, 0):
         x, eps = guide(ema, row, cfg, x, eps, t, y, null, texts)

@@ -303,12 +303,15 @@ def diffusion_count(n: int, share_diffusion: float) -> int:
 
 def sample_times(
     row: Transport, n: int, share_diffusion: float, share_consistency: float, rng: torch.Generator,
-    mean: float | None = None, std: float | None = None, shift: float = 1.0,
+    mean: float | None = None, std: float | None = None, shift: float = 1.0, diffusion_at: str = "later",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mixture of times: two draws each, t the later and r the earlier.
 
     The first `diffusion_count` samples have r = t (plain diffusion, no derivative needed); of all samples, a share
     `share_consistency` on average has r = t_min. mean, std None: the row's own.
+    diffusion_at  the time of samples with r = t: "later" of the two draws, as the authors; "earlier"; or "one" draw.
+                  Small times decide how clean many steps come out, and with "later" they hardly occur: below a time
+                  that one draw misses with chance 1 - p, the later of two lies with chance p**2.
     returns  t, r (n,) float32 on the generator's device, row.t_min <= r <= t <= row.t_max.
     """
     device = rng.device
@@ -318,4 +321,6 @@ def sample_times(
     t, r = times.max(0).values, times.min(0).values
     place, chance = torch.arange(n, device=device), torch.rand(n, generator=rng, device=device)
     r = torch.where(chance * (1 - share_diffusion) < share_consistency, torch.full_like(r, row.t_min), r)
-    return t, torch.where(place < diffusion_count(n, share_diffusion), t, r)
+    alike = place < diffusion_count(n, share_diffusion)
+    plain = dict(later=t, one=times[0], earlier=times.min(0).values)[diffusion_at]
+    return torch.where(alike, plain, t), torch.where(alike, plain, r)

@@ -407,13 +407,13 @@ def test_training_draws_shifted_times_and_keeps_the_shares(monkeypatch):
         seen.append((t, r))
     torch.testing.assert_close(seen[1][0], shift_times(row, seen[0][0], 2.0))
     drawn = []
-    monkeypatch.setattr(train, "sample_times", lambda *a: drawn.append(a[-1]) or sample_times(*a))
+    monkeypatch.setattr(train, "sample_times", lambda *a: drawn.append(a[7:]) or sample_times(*a))
     model = TiM(2, 2, **SIZES["demo"], classes=3)
-    for base in (0, 16):
-        cfg = train.Config(shift=base, patch=2)
+    for base, which in ((0, "later"), (16, "earlier")):
+        cfg = train.Config(shift=base, diffusion_at=which, patch=2)
         x = torch.randn(4, 2, 16, 16)
         train.objective(model, model, row, cfg, 0.01, x, torch.zeros(4, dtype=torch.long), data.rng(0))
-    assert drawn == [1.0, 2.0] and diffusion_count(4, 0.5) == 2
+    assert drawn == [(1.0, "later"), (2.0, "earlier")] and diffusion_count(4, 0.5) == 2
 
 
 def test_samples_follow_the_shift_of_training(checkpoint, monkeypatch):

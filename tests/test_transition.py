@@ -516,6 +516,26 @@ def test_the_mixture_of_times(row):
     assert (r == torch.tensor(row.t_min)).all()
 
 
+def test_which_of_two_draws_a_sample_with_r_equal_t_takes():
+    row, n, count = TRANSPORTS["otfm"], 20000, 10000
+    found = {}
+    for which in ("later", "one", "earlier"):
+        t, r = sample_times(row, n, 0.5, 0.1, torch.Generator().manual_seed(4), diffusion_at=which)
+        assert (t[:count] == r[:count]).all()
+        found[which] = t, r
+    for t, r in found.values():  # the others stay what they were
+        assert torch.equal(t[count:], found["later"][0][count:]) and torch.equal(r[count:], found["later"][1][count:])
+    later, one, earlier = (found[which][0][:count] for which in found)
+    assert ((one == later) | (one == earlier)).all() and (earlier < later).all()
+    assert (one == later).float().mean() == pytest.approx(0.5, abs=0.02)
+    normal = ((one / (1 - one)).log() + 0.4).double().sort().values
+    place = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    assert (torch.special.ndtr(normal) - place).abs().max() < 0.02
+    low = torch.special.ndtri(torch.tensor(0.2)).sub(0.4).sigmoid()             # a fifth of the draws lie below
+    shares = [(v < low).float().mean().item() for v in (later, one, earlier)]
+    assert shares == pytest.approx([0.04, 0.2, 0.36], abs=0.015)
+
+
 def test_shifted_times_have_shifted_odds():
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     for name in ("otfm", "tim"):
