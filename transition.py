@@ -310,8 +310,8 @@ def sample_times(
     The first `diffusion_count` samples have r = t (plain diffusion, no derivative needed); of all samples, a share
     `share_consistency` on average has r = t_min. mean, std None: the row's own.
     diffusion_at  the time of samples with r = t: "later" of the two draws, as the authors; "earlier"; or "one" draw.
-                  Small times decide how clean many steps come out, and with "later" they hardly occur: below a time
-                  that one draw misses with chance 1 - p, the later of two lies with chance p**2.
+                  Small times decide how clean many steps come out, and with "later" they hardly occur: where one draw
+                  falls below a time with chance p, the later of two does with p**2.
     returns  t, r (n,) float32 on the generator's device, row.t_min <= r <= t <= row.t_max.
     """
     device = rng.device
