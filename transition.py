@@ -319,8 +319,8 @@ def sample_times(
     times = row.draw(normal, row.mean if mean is None else mean, row.std if std is None else std)
     times = shift_times(row, times.clamp(row.t_min, row.t_max), shift)
     t, r = times.max(0).values, times.min(0).values
+    plain = dict(later=t, one=times[0], earlier=r)[diffusion_at]
     place, chance = torch.arange(n, device=device), torch.rand(n, generator=rng, device=device)
     r = torch.where(chance * (1 - share_diffusion) < share_consistency, torch.full_like(r, row.t_min), r)
     alike = place < diffusion_count(n, share_diffusion)
-    plain = dict(later=t, one=times[0], earlier=times.min(0).values)[diffusion_at]
     return torch.where(alike, plain, t), torch.where(alike, plain, r)
