@@ -462,7 +462,7 @@ def identity(model, row, x, eps, t, s, r, y) -> dict:
             f(x_t, t, t), so that no noise of the data is in it. 0 for a perfect network.
     target  mean square of f - target as trained on, x and eps of the data: a perfect network keeps their variance.
     """
-    net, size = train.see(model, row), lambda v: v.flatten(1).norm(dim=1).clamp(min=1e-12)
+    net, size = sample.see(model, row), lambda v: v.flatten(1).norm(dim=1).clamp(min=1e-12)
     x_t = transition.interpolate(row, x, eps, t)
     f = net(x_t, t, r, y)
     direct = transition.step(row, x_t, f, t, r)
@@ -484,7 +484,7 @@ def derivative_errors(model, row, x, eps, t, r, y):
     single, double = (x, eps, t, r), [v.double() for v in (x, eps, t, r)]
     ways = dict(fp64=(copy.deepcopy(model).double(), double), fp32=(model, single))
     ways["bf16"] = lower_precision(copy.deepcopy(model)), single
-    ways = {name: (train.see(net, row), row, *inputs, y) for name, (net, inputs) in ways.items()}
+    ways = {name: (sample.see(net, row), row, *inputs, y) for name, (net, inputs) in ways.items()}
     exact = transition.exact_derivative(*ways["fp64"])
     for h in (0.001, 0.005, 0.01, 0.02, 0.05):
         gaps = {name: transition.finite_difference(*way, h) - exact for name, way in ways.items()}
@@ -897,7 +897,7 @@ def speed_tables(a, cfg, device) -> dict:
     if cfg.compile:
         for block in (block for model in models.values() for block in model.blocks):
             block.compile()
-    nets, kind = {k: train.see(model, row, texts) for k, model in models.items()}, "bf16" if bf16 else "fp32"
+    nets, kind = {k: sample.see(model, row, texts) for k, model in models.items()}, "bf16" if bf16 else "fp32"
     h, tokens = train.difference_width(cfg, bf16), shape[1] * shape[2] // cfg.patch**2
     flops, size = forward_flops(model, tokens, length), sum(p.numel() for p in model.parameters())
     name = torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads"

@@ -244,6 +244,7 @@ class TiM(nn.Module):
     shared_time               ablation: one time encoder for t and t - r. interval_attention=False: no W_d.
     rope_layout, rope_theta   see `rope_table`.
     caption_mask              False: cross-attention sees padding too, as the released text weights were trained.
+    predict                   what the output is read as, "f" of the paper or "x" (see `sample.see`); no tensor differs.
     projector                 None or (tap depth, hidden, features): an MLP on the tokens after a block, for the
                               alignment loss; asked for by `aligned=True`, never run otherwise.
     """
@@ -251,6 +252,7 @@ class TiM(nn.Module):
     def __init__(
         self, channels, patch, depth, width, heads, adaln, classes=None, caption=None, shared_time=False,
         interval_attention=True, rope_layout="grid", rope_theta=10000.0, caption_mask=True, projector=None,
+        predict="f",
     ):  # fmt: skip
         super().__init__()
         if (classes is None) == (caption is None):
@@ -258,6 +260,7 @@ class TiM(nn.Module):
         if width % heads or (width // heads) % 4:
             raise ValueError(f"width {width} over {heads} heads: the head size must be a whole multiple of 4 for RoPE")
         self.channels, self.patch, self.head, self.classes = channels, patch, width // heads, classes
+        self.predict = predict
         self.rope_layout, self.rope_theta, self.caption_mask = rope_layout, rope_theta, caption_mask
         self.rope_stretch = None                                                # set where larger sizes are drawn
         self.x_embedder = PatchEmbedder(channels, patch, width)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from model import TiM, lower_precision
-from transition import TRANSPORTS, Transport, resolution_shift, shift_times, solve, step_coefficients
+from transition import TRANSPORTS, Transport, output_from_x, resolution_shift, shift_times, solve, step_coefficients
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -246,6 +246,23 @@ def load_text_encoder(name: str, device="cpu", length: int = 256, whole: bool = 
 # The sampler
 
 
+def see(model, row, texts=None):
+    """The network as the paper writes it, f(x_t, t, r, y): it is shown c_noise(t), c_noise(r), and captions' features
+    for their numbers, and its output is f, or the x that f is made of."""
+    look = texts or (lambda y: y)
+
+    def f(x_t, t, r, y, aligned=False):
+        how = dict(aligned=True) if aligned else {}
+        out = model(x_t, row.c_noise(t), row.c_noise(r), look(y), **how)
+        if model.predict == "f":
+            return out
+        out, *tokens = out if aligned else (out,)
+        out = output_from_x(row, out, x_t, t)
+        return (out, *tokens) if aligned else out
+
+    return f
+
+
 def initial_noise(shape, seed: int, index, device="cpu", *step: int) -> Tensor:
     """N(0, I), (len(index), *shape) float32. Image i's noise is a function of (seed, i), and of the step if given."""
     return torch.stack([torch.randn(*shape, generator=data.rng(seed, i, *step)) for i in index]).to(device)
@@ -291,13 +308,13 @@ def generate(
     if null is None and model.classes is not None:
         null = torch.full_like(y, model.classes)
     low, high = (row.t_min + share * (row.t_max - row.t_min) for share in interval)
-    x = z * row.sigma(times[0]).to(z)
+    x, net = z * row.sigma(times[0]).to(z), see(model, row)
     for k, (t, r) in enumerate(zip(times[:-1], times[1:])):
         guide = guidance != 1 and (low < t < high if strict else low <= t <= high)
         copies = 2 if guide else 1
         shown = (t, t if local else r)
-        seen_t, seen_r = (row.c_noise(s).to(x.device, torch.float32).expand(copies * len(x)) for s in shown)
-        f = model(torch.cat([x] * copies), seen_t, seen_r, guided(y, null) if guide else y).to(x.dtype)
+        seen = (s.float().to(x.device).expand(copies * len(x)) for s in shown)
+        f = net(torch.cat([x] * copies), *seen, guided(y, null) if guide else y).to(x.dtype)
         if guide:
             f_cond, f_null = f.chunk(2)
             f = f_null + guidance * (f_cond - f_null)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from model import SIZES, TiM, lower_precision
-from sample import Texts, fill, generate, initial_noise, load, load_text_encoder, save
+from sample import Texts, fill, generate, initial_noise, load, load_text_encoder, save, see
 from transition import (
     KERNELS,
     TAUS,
@@ -55,6 +55,7 @@ from transition import (
     sample_loss,
     sample_times,
     shift_times,
+    solve,
     time_weight,
     transition_target,
     twice,
@@ -88,6 +89,7 @@ class Config:
     interval_attention: bool = opt(True, "attention sees t - r")
     caption_mask: bool = opt(True, "captions' padding is not seen; the released text weights see it")
     rope_layout: str = opt("grid", "token places off the square, see model.rope_table", ("grid", "released"))
+    predict: str = opt("f", "read the network's output as the paper's f, or as the x that f is made of", ("f", "x"))
     # objective
     transport: str = opt("tim", "row of transition.TRANSPORTS", tuple(TRANSPORTS))
     share_diffusion: float = opt(0.5, "share of samples with r = t")
@@ -98,6 +100,8 @@ class Config:
         ("later", "one", "earlier"))  # fmt: skip
     shift: int = opt(0, "tokens of a picture whose times stay; s = sqrt(its tokens / this) shifts them, 0 = never")
     derivative: str = opt("dde", "df/dt by central difference or forward-mode autodiff", ("dde", "jvp"))
+    tangent: str = opt("data", "df/dt along the path of the data's (x, eps), as the paper, or of the pair that the\n"
+        "network itself sees at (t, t): less variance, one pass more", ("data", "network", "average"))  # fmt: skip
     h: float = opt(0.0, "half width of the difference, as the network sees time; 0 = .001 in fp32, .01 in bf16")
     tau: str = opt("tan", "interval weighting: function of time", tuple(TAUS))
     kernel: str = opt("sqrt", "interval weighting: function of tau(t) - tau(r)", tuple(KERNELS))
@@ -244,13 +248,6 @@ def difference_width(cfg: Config, bf16: bool) -> float:
 # The step
 
 
-def see(model, row, texts=None):
-    """The network as the paper writes it, f(x_t, t, r, y): it is shown c_noise(t), c_noise(r), and captions' features
-    for their numbers."""
-    look = texts or (lambda y: y)
-    return lambda x_t, t, r, y, **more: model(x_t, row.c_noise(t), row.c_noise(r), look(y), **more)
-
-
 def guide(ema, row, cfg, x, eps, t, y, null, texts=None):
     """(x, eps) with a residual guided by the averaged network, where t is in range and the condition not dropped."""
     with torch.no_grad():
@@ -264,6 +261,13 @@ def guide(ema, row, cfg, x, eps, t, y, null, texts=None):
         place = (t - row.t_min) / (row.t_max - row.t_min)
         use = expand((y != null) & (cfg.guide_low <= place) & (place <= cfg.guide_high), x)
         return torch.where(use, pair[0], x), torch.where(use, pair[1], eps)
+
+
+@torch.no_grad()
+def own_pair(net, row, x, eps, t, y):
+    """The (x, eps) that the network itself sees behind the state x_t: a path with less variance (arXiv 2512.02012)."""
+    x_t = interpolate(row, x, eps, t)
+    return solve(row, x_t, net(x_t, t, t, y), t)
 
 
 def objective(model, ema, row, cfg, h, x, y, rng, features=None, texts=None):
@@ -284,7 +288,10 @@ def objective(model, ema, row, cfg, h, x, y, rng, features=None, texts=None):
     df_dt = torch.zeros_like(x)                                                 # not needed where r = t
     free = slice(diffusion_count(len(x), cfg.share_diffusion), None)
     if len(x[free]):
-        args = see(model, row, texts), row, x[free], eps[free], t[free], r[free], y[free]
+        pair = x[free], eps[free]
+        if cfg.tangent != "data":
+            pair = own_pair(see(ema if cfg.tangent == "average" else model, row, texts), row, *pair, t[free], y[free])
+        args = see(model, row, texts), row, *pair, t[free], r[free], y[free]
         df_dt[free] = exact_derivative(*args) if cfg.derivative == "jvp" else finite_difference(*args, h)
 
     f = see(model, row, texts)(interpolate(row, x, eps, t), t, r, y, aligned=cfg.align > 0)
@@ -603,6 +610,8 @@ def network_of(cfg: Config, shape, classes: int, features=(0, 0), caption: int =
             raise UserError(f"--align: {rule}; encode them with another --grid, or choose another --align_depth")
         switches["projector"] = [cfg.align_depth, 2048, features[1]]
     switches |= dict(caption=caption) if caption else dict(classes=classes)
+    if cfg.predict != "f":
+        switches["predict"] = cfg.predict
     if caption and not cfg.caption_mask:
         switches["caption_mask"] = False
     if cfg.rope_layout != "grid":

@@ -133,6 +133,19 @@ def solve(row: Transport, x_t: Tensor, f: Tensor, t: Tensor) -> tuple[Tensor, Te
     return (s_hat * x_t - s * f) / det, (a * f - a_hat * x_t) / det
 
 
+SIGMA_FLOOR = 0.05  # of a prediction of x: below it eps_hat would be an error of x_hat, divided by nearly nothing
+
+
+def output_from_x(row: Transport, x_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The output f that a predicted x stands for: alpha_hat x_hat + sigma_hat (x_t - alpha x_hat) / max(sigma, floor).
+
+    x_hat, x_t (B, ...), t (B,) -> (B, ...). Exact where sigma(t) >= SIGMA_FLOOR; below it eps_hat is scaled down.
+    source  x-prediction with a loss on the velocity: JiT (arXiv 2511.13720).
+    """
+    eps_hat = (x_t - expand(row.alpha(t), x_t) * x_hat) / expand(row.sigma(t).clamp(min=SIGMA_FLOOR), x_t)
+    return residual(row, x_hat, eps_hat, t)
+
+
 def step_coefficients(row: Transport, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (A, B) of a transition, x_r = A x_t + B f (Eq. 5, 6).
 
@@ -196,12 +209,13 @@ def finite_difference(net, row: Transport, x: Tensor, eps: Tensor, t: Tensor, r:
 
     net      (x_t, t, r, y) -> f; runs without gradients.
     h        half the width of the difference, in what the network sees (c_noise), so one h suits every row.
-    returns  (B, ...) like x. Near t_max, and where t - h would fall below r, the difference is one-sided: the network
-             is never asked about times it is not trained on. Divides by the distance of the rounded times, so
-             rounding t + h costs nothing.
+    returns  (B, ...) like x. Where t - h would fall below r the difference is one-sided; at t_max the network is asked
+             about t_max + h, where its embedding and the path go on smoothly, so the jump that every sample begins
+             with is taught as exactly as all others. Divides by the distance of the rounded times, so rounding t + h
+             costs nothing.
     """
     width = h / slope(row.c_noise, t)
-    late, early = (t + width).clamp(max=row.t_max), torch.maximum(t - width, r)
+    late, early = t + width, torch.maximum(t - width, r)
     s = torch.cat([late, early])
     f_late, f_early = net(interpolate(row, twice(x), twice(eps), s), s, twice(r), twice(y)).chunk(2)
     return (f_late - f_early) / expand(late - early, x)

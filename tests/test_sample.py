@@ -25,7 +25,7 @@ UNSEE = dict(edm=lambda c: (4 * c).exp(), vp=lambda c: c / 999, ve=lambda c: 2 *
 class Oracle:
     """The ideal network in the place of a model: it is shown c_noise, in fp32, and counts what it is asked."""
 
-    classes, calls = 10, 0
+    classes, calls, predict = 10, 0, "f"
 
     def __init__(self, row):
         self.row, self.net, self.unsee = row, ideal(row), UNSEE.get(row.name, lambda c: c)
@@ -89,7 +89,7 @@ def test_a_network_of_r_equal_t_alone_is_sampled_the_ordinary_way():
     """f = t - r, so one that is always shown r = t says 0 and leaves the noise where it is."""
 
     class Interval:
-        classes = 10
+        classes, predict = 10, "f"
 
         def __call__(self, x, t, r, y):
             return (t - r)[:, None, None, None].expand(x.shape)
@@ -99,7 +99,7 @@ def test_a_network_of_r_equal_t_alone_is_sampled_the_ordinary_way():
     torch.testing.assert_close(generate(Interval(), row, z, labels(z), 3, local=True), z)
     for share, expected in ((1.0, z), (0.5, generate(Interval(), row, z, labels(z), 3))):
         network = torch.nn.Linear(1, 1)
-        network.forward, network.classes = Interval().__call__, 10
+        network.forward, network.classes, network.predict = Interval().__call__, 10, "f"
         found = latents(network, row, dict(data=spec, train=dict(share_diffusion=share)), [0, 1], 0, 3, [0])
         torch.testing.assert_close(found, expected)
 
@@ -137,7 +137,7 @@ def test_guidance_moves_away_from_no_condition():
     """A network of the label alone: f = 1 with a class and 0 without, so guidance g gives f = g."""
 
     class Label:
-        classes = 10
+        classes, predict = 10, "f"
 
         def __call__(self, x, t, r, y):
             return (y < 10).to(x)[:, None, None, None].expand(x.shape)
