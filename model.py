@@ -6,9 +6,9 @@ Tensor names, shapes and numerics are those of the released TiM weights, so they
     C  channels       D  width          L  caption tokens
     S  side           H  heads          p  patch
 
-Precision follows the weights: a Linear computes in the type its weight has. `lower_precision` puts attention and MLP
-in bf16; times, their embeddings, adaLN, the residual stream, the patch embedding and the last layer stay fp32, or a
-finite difference over time drowns in rounding. f comes back in fp32.
+Precision follows the weights: a Linear computes in the type its weight has. `lower_precision` puts
+attention and MLP in bf16; times, their embeddings, adaLN, the residual stream, the patch embedding
+and the last layer stay fp32, or a finite difference over time drowns in rounding. The output is fp32.
 """
 
 from functools import lru_cache
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-SIZES = {  # adaln: hidden width of each block's modulation. Heads of 64 run unpadded in flash kernels, XL's 72 do not
+SIZES = {  # adaln: hidden width of each block's modulation. XL's heads of 72 are padded in flash kernels
     "demo": dict(depth=4, width=128, heads=4, adaln=64),
     "emoji": dict(depth=3, width=256, heads=4, adaln=64),
     "S": dict(depth=12, width=384, heads=6, adaln=128),
@@ -30,7 +30,7 @@ SIZES = {  # adaln: hidden width of each block's modulation. Heads of 64 run unp
 
 
 def unpack(x):
-    """x and its tangent (None without one), where forward-mode autodiff runs without gradients; else x and None."""
+    """x and its tangent where forward-mode autodiff runs without gradients; else x and None."""
     by_torch = torch.compiler.is_compiling() or torch.is_grad_enabled()
     return (x, None) if by_torch else forward_ad.unpack_dual(x)
 
@@ -43,20 +43,22 @@ class Linear(nn.Linear):
         out = F.linear(x, self.weight, self.bias)
         if dx is None:
             return out
-        return forward_ad.make_dual(out, F.linear(dx, self.weight))             # torch adds a product by zero
+        return forward_ad.make_dual(out, F.linear(dx, self.weight))   # torch adds a product by zero
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(K)) v, fused; mask broadcasts to (B, H, N, L), True = look. (B, H, N, K) -> same.
+    """softmax(q k^T / sqrt(K)) v, fused. q (B, H, N, K) -> same; mask broadcasts to (B, H, N, L).
 
     Fused attention has no forward-mode rule, so here is one: with P the softmax and P' its tangent,
-    dout = P' v + P dv, P' = P (S' - sum(P S')), S' = (dq k^T + q dk^T) / sqrt(K). It holds N x L numbers per head.
+    dout = P' v + P dv, P' = P (S' - sum(P S')), S' = (dq k^T + q dk^T) / sqrt(K). N x L numbers a head.
     """
     (q, dq), (k, dk), (v, dv) = unpack(q), unpack(k), unpack(v)
     out = F.scaled_dot_product_attention(q, k, v, mask)
     if dq is None:
         return out
-    scores, slopes = q @ k.mT, dq @ k.mT if dk is None else dq @ k.mT + q @ dk.mT
+    scores, slopes = q @ k.mT, dq @ k.mT
+    if dk is not None:
+        slopes = slopes + q @ dk.mT
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     scale = q.shape[3] ** -0.5
@@ -71,7 +73,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, inner, hidden, outer):
         super().__init__()
-        self.fc1_g, self.fc1_x, self.fc2 = Linear(inner, hidden), Linear(inner, hidden), Linear(hidden, outer)
+        self.fc1_g, self.fc1_x = Linear(inner, hidden), Linear(inner, hidden)
+        self.fc2 = Linear(hidden, outer)
 
     def forward(self, x):
         return self.fc2(F.silu(self.fc1_g(x)) * self.fc1_x(x))
@@ -84,10 +87,10 @@ class PatchEmbedder(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch, patch)
 
-    def forward(self, x):                                                       # (B, C, h p, w p) -> (B, h w, D)
+    def forward(self, x):                                          # (B, C, h p, w p) -> (B, h w, D)
         p = self.proj.kernel_size[0]
         x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))                       # (B, C, h, p, w, p)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                # (B, h w, C p p)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                   # (B, h w, C p p)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -121,33 +124,27 @@ class CaptionEmbedder(nn.Module):
     def __init__(self, caption, width):
         super().__init__()
         self.norm, self.mlp = nn.LayerNorm(caption, eps=1e-5), SwiGLU(caption, 4 * width, width)
-        self.last = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)     # no weights, so it loads nothing
+        self.last = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)  # no weights, so it loads nothing
 
     def forward(self, features):
         return self.last(self.mlp(self.norm(features.to(self.norm.weight.dtype))))
 
 
 @lru_cache(maxsize=64)
-def rope_table(h, w, head, theta, layout, device, stretch=None):
-    """Rotation of each token by its place on an h x w grid: cos and sin, (h w, K/2) each, float32.
+def rope_table(h, w, head, theta, layout, device):
+    """Rotation of each token by its position on an h x w grid: cos and sin, (h w, K/2) each, float32.
 
-    The first half of the head turns with the column, the second with the row, each pair of numbers at its own rate
-    theta^(-2k / (K/2)). layout "grid": token n lies at column n mod w, row n div w. layout "released": n mod h and
-    n div h, as the released weights were trained; the same thing on square grids only.
-
-    stretch  None, or (kind, rows, columns) of training, for an axis s > 1 times as long. "ntk": theta grows by
-             s^(n / (n - 2)), n = K/2, so that the slowest pair turns as far as in training and the quickest stays.
-             "linear": places shrink by s, so that all pairs do.
+    The first half of the head turns with the column, the second with the row, each pair of numbers at
+    its own rate theta^(-2k / (K/2)). layout "grid": token n is at column n mod w, row n div w.
+    "released": n mod h and n div h, as the released weights were trained; differs off squares only.
+    Worked out in float64 on the CPU: some devices have no float64.
     """
-    place, n = torch.arange(h * w, device=device, dtype=torch.float64), head // 2
-    side, power, angles = w if layout == "grid" else h, n / (n - 2) if n > 2 else 0.0, []
-    kind, *trained = stretch or ("", h, w)
-    for axis, length, base in ((place % side, side, trained[1]), (place // side, h * w // side, trained[0])):
-        s = max(1.0, length / base) if stretch else 1.0
-        rate = (theta * s ** (power * (kind == "ntk"))) ** (-torch.arange(0, n, 2, device=device).double() / n)
-        angles.append(torch.outer(axis / s if kind == "linear" else axis, rate))
-    angle = torch.cat(angles, 1)
-    return angle.cos().float(), angle.sin().float()
+    side = w if layout == "grid" else h
+    index = torch.arange(h * w, dtype=torch.float64)
+    column, row = index % side, index // side
+    rate = theta ** (-torch.arange(0, head // 2, 2, dtype=torch.float64) / (head // 2))
+    angle = torch.cat([torch.outer(column, rate), torch.outer(row, rate)], 1)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def rotate(x, rope):
@@ -157,7 +154,7 @@ def rotate(x, rope):
     if torch.compiler.is_compiling():           # which fuses real numbers and knows no complex ones
         a, b = pairs.unbind(-1)
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
-    else:                                       # one pass over memory instead of seven
+    else:                                                    # one pass over memory instead of seven
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
     return turned.flatten(-2).to(x.dtype)
 
@@ -170,17 +167,18 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
         self.qkv_d = Linear(width, 3 * width, bias=False) if interval else None
-        self.q_norm, self.k_norm = nn.LayerNorm(width // heads, eps=1e-5), nn.LayerNorm(width // heads, eps=1e-5)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-5)
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-5)
         self.proj = Linear(width, width)
 
-    def forward(self, x, d, rope):                                              # (B, N, D), (B, D) -> (B, N, D)
+    def forward(self, x, d, rope):                                  # (B, N, D), (B, D) -> (B, N, D)
         qkv = self.qkv(x)
         if self.qkv_d is not None:
             qkv = qkv + self.qkv_d(d)[:, None]
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, K)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        x = attend(q, k, v)                                                     # (B, H, N, K)
-        return self.proj(x.transpose(1, 2).flatten(2))                          # (B, N, D)
+        x = attend(q, k, v)                                                           # (B, H, N, K)
+        return self.proj(x.transpose(1, 2).flatten(2))                                   # (B, N, D)
 
 
 class CrossAttention(nn.Module):
@@ -189,14 +187,16 @@ class CrossAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q, self.kv, self.proj = Linear(width, width), Linear(width, 2 * width), Linear(width, width)
-        self.q_norm, self.k_norm = nn.LayerNorm(width // heads, eps=1e-5), nn.LayerNorm(width // heads, eps=1e-5)
+        self.q, self.kv = Linear(width, width), Linear(width, 2 * width)
+        self.proj = Linear(width, width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-5)
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-5)
 
-    def forward(self, x, caption, mask, rope):                                  # (B, N, D), (B, L, D) -> (B, N, D)
-        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)            # (B, H, N, K)
+    def forward(self, x, caption, mask, rope):                   # (B, N, D), (B, L, D) -> (B, N, D)
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)                  # (B, H, N, K)
         k, v = self.kv(caption).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), rope), self.k_norm(k)
-        mask = None if mask is None else mask[:, None, None]                    # (B, 1, 1, L), True = look
+        mask = None if mask is None else mask[:, None, None]             # (B, 1, 1, L), True = look
         return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
@@ -205,17 +205,17 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention where there are captions, and an MLP, each with adaLN's shift, scale and gate."""
+    """Self-attention, cross-attention to captions if any, and an MLP, each shifted, scaled, gated."""
 
     def __init__(self, width, heads, adaln, interval, caption):
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)     # no weights: one serves all branches
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)  # no weights: one serves all branches
         self.attn = Attention(width, heads, interval)
         self.cross_attn = CrossAttention(width, heads) if caption else None
         self.mlp = SwiGLU(width, 4 * width * 2 // 3, width)
         self.adaLN_modulation = SwiGLU(width, adaln, (9 if caption else 6) * width)
 
-    def forward(self, x, c, d, rope, caption=None, mask=None):                  # (B, N, D), (B, D), (B, D)
+    def forward(self, x, c, d, rope, caption=None, mask=None):           # (B, N, D), (B, D), (B, D)
         m = self.adaLN_modulation(c).unflatten(1, (-1, 1, x.shape[2])).unbind(1)  # 6 or 9 x (B, 1, D)
         x = x + m[2] * self.attn(modulate(self.norm(x), m[0], m[1]), d, rope)
         if self.cross_attn is not None:
@@ -230,7 +230,7 @@ class FinalLayer(nn.Module):
         self.linear = Linear(width, out)
         self.adaLN_modulation = SwiGLU(width, width // 2, 2 * width)
 
-    def forward(self, x, c):                                                    # (B, N, D), (B, D) -> (B, N, p p C)
+    def forward(self, x, c):                                    # (B, N, D), (B, D) -> (B, N, p p C)
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, 2)
         return self.linear(modulate(self.norm(x), shift, scale))
 
@@ -238,35 +238,38 @@ class FinalLayer(nn.Module):
 class TiM(nn.Module):
     """f_theta(x_t, t, r, y).
 
-    channels, patch           C and p; heights and widths must be multiples of p.
-    depth, width, heads       of the transformer; adaln: hidden width of each block's modulation.
-    classes | caption         class-conditional with this many classes, or text with features of this width.
-    shared_time               ablation: one time encoder for t and t - r. interval_attention=False: no W_d.
-    rope_layout, rope_theta   see `rope_table`.
-    caption_mask              False: cross-attention sees padding too, as the released text weights were trained.
-    predict                   what the output is read as, "f" of the paper or "x" (see `sample.see`); no tensor differs.
-    projector                 None or (tap depth, hidden, features): an MLP on the tokens after a block, for the
-                              alignment loss; asked for by `aligned=True`, never run otherwise.
+    channels, patch          C and p; heights and widths must be multiples of p
+    depth, width, heads      of the transformer; adaln: hidden width of each block's modulation
+    classes | caption        class-conditional with so many classes, or features of text of this width
+    predict                  what the output is read as, the paper's "f" or "x": `sample.network_f`
+    shared_time              ablation: one time encoder for t and t - r
+    interval_attention       False is the ablation without W_d
+    rope_layout, rope_theta  see `rope_table`
+    caption_mask             False: padding is seen too, as the released text weights were trained
+    projector                None or (tap depth, hidden, features): an MLP on the tokens after a block,
+                             for the alignment loss; runs with `aligned=True` only
     """
 
     def __init__(
-        self, channels, patch, depth, width, heads, adaln, classes=None, caption=None, shared_time=False,
-        interval_attention=True, rope_layout="grid", rope_theta=10000.0, caption_mask=True, projector=None,
-        predict="f",
+        self, channels, patch, depth, width, heads, adaln, classes=None, caption=None, predict="f",
+        shared_time=False, interval_attention=True, rope_layout="grid", rope_theta=10000.0,
+        caption_mask=True, projector=None,
     ):  # fmt: skip
         super().__init__()
         if (classes is None) == (caption is None):
-            raise ValueError(f"classes={classes}, caption={caption}: give the number of classes or the caption width")
+            raise ValueError(f"classes={classes}, caption={caption}: give exactly one of them")
         if width % heads or (width // heads) % 4:
-            raise ValueError(f"width {width} over {heads} heads: the head size must be a whole multiple of 4 for RoPE")
-        self.channels, self.patch, self.head, self.classes = channels, patch, width // heads, classes
-        self.predict = predict
-        self.rope_layout, self.rope_theta, self.caption_mask = rope_layout, rope_theta, caption_mask
-        self.rope_stretch = None                                                # set where larger sizes are drawn
+            raise ValueError(f"width {width}, {heads} heads: the head size must be a multiple of 4")
+        self.channels, self.patch, self.head = channels, patch, width // heads
+        self.classes, self.predict, self.caption_mask = classes, predict, caption_mask
+        self.rope_layout, self.rope_theta = rope_layout, rope_theta
         self.x_embedder = PatchEmbedder(channels, patch, width)
         self.t_embedder = TimeEmbedder(width)
         self.delta_embedder = None if shared_time else TimeEmbedder(width)
-        self.y_embedder = LabelEmbedder(classes, width) if caption is None else CaptionEmbedder(caption, width)
+        if caption is None:
+            self.y_embedder = LabelEmbedder(classes, width)
+        else:
+            self.y_embedder = CaptionEmbedder(caption, width)
         self.blocks = nn.ModuleList(
             Block(width, heads, adaln, interval_attention, caption is not None) for _ in range(depth)
         )
@@ -274,56 +277,61 @@ class TiM(nn.Module):
         if projector:
             self.tap, hidden, features = projector
             self.projector = nn.Sequential(
-                Linear(width, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU(), Linear(hidden, features)
-            )
+                Linear(width, hidden), nn.SiLU(),
+                Linear(hidden, hidden), nn.SiLU(),
+                Linear(hidden, features),
+            )  # fmt: skip
         self.init_weights()
 
     def init_weights(self):
-        """Xavier for products, small normals for class table and times, zeros where a branch or the output ends."""
+        """Xavier for products, small normals for class table and times, zeros where a branch ends."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))               # flatten: a view, also of a kernel
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten: a view, also of a kernel
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         if self.classes is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for last in [m.adaLN_modulation.fc2 for m in (*self.blocks, self.final_layer)] + [self.final_layer.linear]:
+        ends = [m.adaLN_modulation.fc2 for m in (*self.blocks, self.final_layer)]
+        for last in (*ends, self.final_layer.linear):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
     def forward(self, x, t, r, y, aligned=False):
-        """f (B, C, S, S) in fp32 (fp64 for fp64 weights) of the state x, and the projected tokens if `aligned`.
+        """Output (B, C, height, width) in fp32 (fp64 for fp64 weights); with `aligned` also tokens.
 
-        x     (B, C, height, width), multiples of the patch; height and width may differ.
-        t, r  (B,) float32 or float64: the times as the network sees them (c_noise of the row), r <= t.
-        y     (B,) int64 in [0, classes], classes = no class; or caption features (B, L, caption), alone or as a
-              tuple with a mask (B, L) bool, True for real tokens.
-        raises ValueError for a size that is no multiple of the patch, TypeError for times of less than fp32.
+        x     (B, C, height, width), multiples of the patch; height and width may differ
+        t, r  (B,) float32 or float64: times as the network sees them (the transport's c_noise), r <= t
+        y     (B,) int64 in [0, classes], classes = no class; or caption features (B, L, caption), alone
+              or as a tuple with a mask (B, L) bool, True for real tokens
+        raises  ValueError for a size off the patch, TypeError for times of less than fp32
         """
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
-            raise ValueError(f"{x.shape[2]}x{x.shape[3]} must be a multiple of the patch, {self.patch}, on both sides")
+            size = f"{x.shape[2]}x{x.shape[3]}"
+            raise ValueError(f"{size}: both sides must be multiples of the patch, {self.patch}")
         if t.dtype.itemsize < 4 or r.dtype.itemsize < 4:
-            raise TypeError(f"times in {t.dtype}, {r.dtype}: bf16 is too coarse for a time; pass float32")
+            raise TypeError(f"times in {t.dtype}, {r.dtype}: bf16 is too coarse; pass float32")
         dtype = self.x_embedder.proj.weight.dtype
         h, w = x.shape[2] // self.patch, x.shape[3] // self.patch
-        rope = rope_table(h, w, self.head, self.rope_theta, self.rope_layout, x.device, self.rope_stretch)
-        d = (self.delta_embedder or self.t_embedder)((t - r).to(dtype))         # (B, D)
+        rope = rope_table(h, w, self.head, self.rope_theta, self.rope_layout, x.device)
+        d = (self.delta_embedder or self.t_embedder)((t - r).to(dtype))                     # (B, D)
         c = self.t_embedder(t.to(dtype)) + d
         caption = mask = None
         if self.classes is not None:
             c = c + self.y_embedder(y)
         else:
             features, mask = y if isinstance(y, tuple) else (y, None)
-            caption, mask = self.y_embedder(features), mask if self.caption_mask else None
-        x = self.x_embedder(x.to(dtype))                                        # (B, N, D)
+            caption = self.y_embedder(features)
+            mask = mask if self.caption_mask else None
+        x = self.x_embedder(x.to(dtype))                                                 # (B, N, D)
         tokens = None
         for i, block in enumerate(self.blocks):
             x = block(x, c, d, rope, caption, mask)
             if aligned and i + 1 == self.tap:
                 tokens = self.projector(x)
-        x = self.final_layer(x, c)                                              # (B, h w, p p C)
+        x = self.final_layer(x, c)                                                 # (B, h w, p p C)
         x = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (h, w))   # (B, h, w, p, p, C)
         f = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, h * self.patch, w * self.patch)  # (B, C, h p, w p)
         return (f, tokens) if aligned else f
