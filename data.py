@@ -1,12 +1,13 @@
 """Pictures to latents to batches, and network space back to pictures.
 
-    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out latents   # again = resume
-    python data.py encode --native --size 256 512 --images pictures --out latents      # keep aspect ratios
-    python data.py inspect latents                      # counts, statistics, checksums, a contact sheet
+    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out latents
+                                                        # run again = resume
+    python data.py encode --native --size 256 512 --images pictures --out latents  # in buckets
+    python data.py inspect latents                      # statistics, checksums, a contact sheet
 
-A data set has a `spec`, which a checkpoint stores, and `read(indices, rng)`, which gives a `Batch` in network
-space (mean 0, deviation about 1). `batches` makes an endless stream of it, a function of (seed, step, slot).
-Reading uses numpy: torch would start a second set of OpenMP threads in each reading thread.
+A data set has a `spec`, which a checkpoint stores, and `read(indices, rng)`, which gives a `Batch`
+in network space (mean 0, deviation about 1). `batches` makes an endless stream of them, a function
+of (seed, step, slot). Reading uses numpy: torch would start more OpenMP threads in each thread.
 """
 
 import argparse
@@ -41,7 +42,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 DEMO = Path(__file__).parent / "demo"
-TORCHVISION = {"fashion": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+TORCHVISION = {"fashion": "FashionMNIST", "mnist": "MNIST"}
+TORCHVISION |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 AUTOENCODERS = {  # name: path on the model hub, latent channels, scale of network space
@@ -59,7 +61,7 @@ QUANTILES = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5)
 NORMAL = QUANTILES.float().numpy()  # indexed by 16 random bits it gives a normal number
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Errors, arguments, processes, files
 
 
@@ -73,7 +75,7 @@ def require(condition, message: str) -> None:
 
 
 def command(main) -> None:
-    """Run a command; a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Run a command. A UserError is one line on stderr and exit status 2, Ctrl-C is status 130."""
     try:
         main()
     except UserError as error:
@@ -121,22 +123,25 @@ def open_device(name: str = "auto") -> torch.device:
     """auto: cuda if available, else cpu. With cuda, a process takes the GPU of its LOCAL_RANK."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            warn("note: auto takes the CPU, --device mps is there but was never measured")
     kind, _, index = name.partition(":")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    apple, gpus = torch.backends.mps.is_available(), torch.cuda.device_count()
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": apple}
     require(available.get(kind), f"--device {name}: not available; use --device cpu")
     if kind != "cuda":
         return torch.device(kind)
-    index, gpus = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    require(index < gpus, f"--device {name}: GPU {index} of {gpus} is not available; use --device cpu")
+    index = int(index or os.environ.get("LOCAL_RANK", 0))
+    require(index < gpus, f"--device {name}: there are {gpus} GPUs, not {index + 1}; use --device cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
     """bfloat16 or float32. auto: bfloat16 where the GPU has it in hardware."""
-    if asked == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    require(asked != "bf16" or device.type != "mps", "--precision bf16: not available on mps; use fp32")
+    if asked == "auto" and device.type == "cuda":
+        asked = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    require(asked != "bf16" or device.type != "mps", "--precision bf16: not on mps; use fp32")
     return torch.bfloat16 if asked == "bf16" else torch.float32
 
 
@@ -180,7 +185,7 @@ def read_json(path) -> dict:
 
 
 def claim(file, record: dict) -> None:
-    """Write what a folder holds; UserError if another record is there. Any number of processes may."""
+    """Write what a folder holds, or raise UserError if that differs from what is there."""
     file, temporary = Path(file), aside(file)
     temporary.write_bytes(json.dumps(record, indent=1).encode())
     try:
@@ -204,14 +209,14 @@ def digest_file(path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures and captions on disk
 
 
 class Entry(NamedTuple):
     """A file in a folder, or in a tar, where it has an offset and the path `inside` the tar."""
 
-    name: str                                           # relative to the root; a tar counts as a folder
+    name: str                                           # from the root; a tar counts as a folder
     file: str
     offset: int = 0
     size: int = -1
@@ -224,7 +229,7 @@ class Entry(NamedTuple):
                 stream.seek(self.offset)
                 return stream.read(self.size)
         except OSError as error:
-            raise UserError(f"{self.file}: cannot be read ({error}); check the disk, run again") from error
+            raise UserError(f"{self.file}: cannot be read ({error}); check the disk") from error
 
 
 def list_tar(file, folder: str) -> list[Entry]:
@@ -239,12 +244,15 @@ def list_tar(file, folder: str) -> list[Entry]:
 
 
 def list_files(root) -> list[Entry]:
-    """Every file under a folder and in its tars, or in a tar, sorted by name; hidden ones left out."""
+    """Every file in a tar, or under a folder and in its tars, sorted by name, but no hidden ones."""
     found = list_tar(root, "") if Path(root).is_file() else []
     for folder, _, names in os.walk(root, followlinks=True):
         for path in (Path(folder, name) for name in names):
             name = path.relative_to(root).as_posix()
-            found += list_tar(path, name[:-4] + "/") if name.endswith(".tar") else [Entry(name, str(path))]
+            if name.endswith(".tar"):
+                found += list_tar(path, name[:-4] + "/")
+            else:
+                found.append(Entry(name, str(path)))
     unique = {entry.name: entry for entry in found}
     return [unique[name] for name in sorted(unique) if not PurePosixPath(name).name.startswith(".")]
 
@@ -252,7 +260,7 @@ def list_files(root) -> list[Entry]:
 def open_picture(file, upright: bool = False) -> Image.Image:
     """A path or binary stream as an RGB picture; transparency is composited on white.
 
-    upright  turned as its EXIF says. Square sets ignore EXIF, as ADM, whose statistics others compare with.
+    upright  turned as its EXIF says; sets of squares ignore EXIF, as ADM does.
     raises   ValueError if it cannot be decoded.
     """
     try:
@@ -276,7 +284,10 @@ def reason(error) -> str:
 
 
 def crop(picture: Image.Image, height: int, width: int = 0) -> np.ndarray:
-    """uint8 (3, height, width): halved while possible, scaled to cover it, the centre cut out, as in ADM."""
+    """uint8 (3, height, width): halved while possible, scaled to cover it, the centre cut out.
+
+    As ADM (Dhariwal and Nichol 2021) does, whose statistics others compare with.
+    """
     width = width or height
     while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.BOX)
@@ -288,8 +299,8 @@ def crop(picture: Image.Image, height: int, width: int = 0) -> np.ndarray:
 
 
 def label_pictures(root, pictures: list[Entry]) -> tuple[list[str], np.ndarray]:
-    """Sorted class names and each picture's label: the first folder that differs, without the tar's name if
-    there are folders in the tar."""
+    """Sorted class names and each picture's label: the first folder that differs. The name of a tar
+    counts only if it has no folders inside."""
     paths, depth = [(p.inside if "/" in p.inside else p.name).split("/") for p in pictures], 0
     while all(len(p) > depth + 2 and p[depth] == paths[0][depth] for p in paths):
         depth += 1
@@ -307,18 +318,20 @@ def label_pictures(root, pictures: list[Entry]) -> tuple[list[str], np.ndarray]:
 
 def parse_caption(line: bytes) -> tuple[str, list[str]]:
     """A line of captions.jsonl {image_file, captions} or metadata.jsonl {file_name, text}."""
-    record = json.loads(line)
+    record = json.loads(line.decode("utf-8-sig"))
     name = record["file_name"] if "file_name" in record else record["image_file"]
-    texts = next((record[key] for key in ("captions", "text", "caption", "prompt") if key in record), None)
+    keys = ("captions", "text", "caption", "prompt")
+    texts = next((record[key] for key in keys if key in record), None)
     texts = [texts] if isinstance(texts, str) else texts
-    if not (texts and isinstance(texts, list) and all(isinstance(text, str) for text in [name, *texts])):
+    valid = texts and isinstance(texts, list) and all(isinstance(t, str) for t in [name, *texts])
+    if not valid:
         raise ValueError("the name must be a string, the captions a string or a list of some")
-    "".join(texts).encode()                             # raises ValueError: half a surrogate pair is no text
+    "".join(texts).encode()                             # ValueError: half a surrogate pair
     return name, texts
 
 
 def read_captions(raw: bytes, file: str) -> dict[str, list[str]]:
-    """The lines of captions.jsonl or metadata.jsonl as {picture: captions}. Broken lines are listed and skipped."""
+    """Lines of captions as {picture: captions}. Broken ones are listed and skipped."""
     found, faults = {}, []
     for number, line in enumerate(raw.split(b"\n"), 1):  # splitlines() would also cut at U+2028
         try:
@@ -328,7 +341,8 @@ def read_captions(raw: bytes, file: str) -> dict[str, list[str]]:
         except (ValueError, KeyError, TypeError) as error:
             faults.append(f"  line {number}: {type(error).__name__}: {error}")
     example = '{"image_file": "a.png", "captions": ["a text", ...]}'
-    require(found, f"{file}: no line has the form {example}; {''.join(faults[:1]).strip() or 'it is empty'}")
+    why = faults[0].strip() if faults else "it is empty"
+    require(found, f"{file}: no line has the form {example}; {why}")
     if faults:
         warn("\n".join([f"{file}: {len(faults)} broken lines are skipped", *faults[:20]]))
     return found
@@ -344,22 +358,24 @@ def read_sidecar(entry: Entry) -> str:
 
 
 def find_captions(files: list[Entry], pictures: list[Entry]) -> dict[str, list[str]]:
-    """{picture: captions}, of the first source that exists: captions.jsonl, metadata.jsonl (names are relative to
-    their folder), files beside the picture, where NAME.txt goes before NAME.json. Empty if there is none."""
+    """{picture: captions}, of the first source that exists: captions.jsonl, metadata.jsonl (names are
+    relative to their folder), files beside the picture, where NAME.txt goes before NAME.json."""
     for title in ("captions.jsonl", "metadata.jsonl"):
         found = {}
         for table in (f for f in files if PurePosixPath(f.name).name == title):
             lines = read_captions(table.read(), f"{table.file}")
             found |= {table.name.removesuffix(title) + name: texts for name, texts in lines.items()}
         absent = sorted(found.keys() - {p.name for p in pictures})
-        require(not found or len(absent) < len(found), f"{title} names none of the pictures: {absent[:3]}")
+        if found and len(absent) == len(found):
+            raise UserError(f"{title} names none of the pictures, but {', '.join(absent[:3])}")
         if absent:
             warn(f"{title}: {len(absent)} lines name no picture: {', '.join(absent[:20])}")
         if found:
             return found
     names, found = {os.path.splitext(p.name)[0]: p.name for p in pictures}, {}
     for ending in (".json", ".txt"):
-        beside = [f for f in files if f.name.endswith(ending) and f.name.removesuffix(ending) in names]
+        beside = [f for f in files if f.name.endswith(ending)]
+        beside = [f for f in beside if f.name.removesuffix(ending) in names]
         for file, text in zip(beside, in_threads(read_sidecar, zip(beside), 16)):
             if text:
                 found[names[file.name.removesuffix(ending)]] = [text]
@@ -367,7 +383,7 @@ def find_captions(files: list[Entry], pictures: list[Entry]) -> dict[str, list[s
 
 
 class Found(NamedTuple):
-    """Pictures with classes and labels (n,); or their numbers as labels and captions, a list for each."""
+    """Pictures with classes and labels (n,), or with captions, then labels are 0 to n - 1."""
 
     pictures: list[Entry]
     classes: list[str]
@@ -379,13 +395,14 @@ def find_pictures(root) -> Found:
     """The pictures of a folder or tar. If any has a caption, those without are left out."""
     files = list_files(root)
     pictures = [f for f in files if os.path.splitext(f.name)[1].lower() in PICTURES]
-    require(pictures, f"{root}: no pictures; expected a folder of them per class, or pictures with captions")
+    require(pictures, f"{root}: no pictures; expected a folder of them per class, or captions")
     texts = find_captions(files, pictures)
     if not texts:
         return Found(pictures, *label_pictures(root, pictures), [])
     kept = [p for p in pictures if p.name in texts]
     if len(kept) < len(pictures):
-        warn(f"{root}: {len(pictures) - len(kept)} of {len(pictures)} pictures have no text and are left out")
+        without = len(pictures) - len(kept)
+        warn(f"{root}: {without} of {len(pictures)} pictures have no text and are left out")
     return Found(kept, [], np.arange(len(kept)), [texts[p.name] for p in kept])
 
 
@@ -395,14 +412,18 @@ class Captions:
     def __init__(self, lists):
         flat = [text.encode() for texts in lists for text in texts]
         self.ends = np.cumsum([len(texts) for texts in lists])
-        self.bytes, self.cuts = b"".join(flat), np.cumsum([0, *map(len, flat)])  # millions fit in memory
+        self.bytes = b"".join(flat)                     # millions fit in memory
+        self.cuts = np.cumsum([0, *map(len, flat)])
         self.null = len(flat)
 
     def __getitem__(self, number: int) -> str:
-        return "" if number == self.null else self.bytes[self.cuts[number] : self.cuts[number + 1]].decode()
+        if number == self.null:
+            return ""
+        return self.bytes[self.cuts[number] : self.cuts[number + 1]].decode()
 
     def digest(self) -> str:
-        return hashlib.sha256(self.bytes + self.cuts.tobytes() + self.ends.tobytes()).hexdigest()[:16]
+        content = self.bytes + self.cuts.tobytes() + self.ends.tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def draw(self, pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The number of one caption of each picture."""
@@ -410,7 +431,7 @@ class Captions:
         return first + rng.integers(self.ends[pictures] - first)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data sets
 
 
@@ -465,9 +486,9 @@ class DataSet:
 
     spec: DataSpec
     labels: np.ndarray                                  # (n,) int64, class or number of the picture
-    load: Callable                                      # (indices, rng) -> x, features or None, indices read
+    load: Callable                                      # (indices, rng) -> x, features, indices read
     captions: Captions | None = None
-    names: list[str] | None = None                      # of what the set consists of, for the fingerprint
+    names: list[str] | None = None                      # of its parts, for the fingerprint
     buckets: list[range] | None = None                  # indices that can be read together
     features_shape: tuple[int, int] | None = None       # (N, F)
 
@@ -492,8 +513,9 @@ class DataSet:
             return f"{len(self):,} pictures with {self.captions.null:,} captions"
         classes = self.spec.classes
         counts = np.bincount(self.labels, minlength=len(classes))
-        shown = [f"{name} {n:,}" for name, n in zip(classes, counts)][:10] + ["..."] * (len(classes) > 10)
-        return f"{len(self):,} pictures of {len(classes)} classes: {', '.join(shown)}"
+        shown = ", ".join(f"{name} {n:,}" for name, n in list(zip(classes, counts))[:10])
+        more = ", ..." if len(classes) > 10 else ""
+        return f"{len(self):,} pictures of {len(classes)} classes: {shown}{more}"
 
     def fingerprint(self) -> str:
         """16 hex digits of what the set holds, wherever it lies."""
@@ -503,14 +525,14 @@ class DataSet:
 
 
 class PictureFiles:
-    """Pictures in files or tars, cropped when first asked for, then kept in memory up to CACHE bytes.
+    """Pictures in files or tars, cropped when first asked for and kept, up to CACHE bytes of them.
 
     A picture that cannot be decoded is named once on stderr; the next one takes its place.
     """
 
     def __init__(self, entries: list[Entry], side: int):
         self.entries, self.side = entries, side
-        self.cache, self.broken = {}, set()             # threads share them: at worst one decodes in vain
+        self.cache, self.broken = {}, set()             # threads share them
 
     def crop(self, index: int) -> np.ndarray | None:
         """uint8 (3, side, side), or None if it cannot be decoded."""
@@ -534,7 +556,8 @@ class PictureFiles:
             picture = self.crop(k % len(self.entries))
             if picture is not None:
                 return picture, k % len(self.entries)
-        raise UserError(f"{self.entries[0].file}: none of {len(self.entries)} pictures can be opened")
+        first, n = self.entries[0].file, len(self.entries)
+        raise UserError(f"{first}: none of {n} pictures can be opened; give other files")
 
     def take(self, indices) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (B, 3, side, side), and the indices of what was read."""
@@ -551,8 +574,10 @@ def load_pixels(take, mean: float, std: float, mirror: bool, indices, rng):
     return x, None, indices
 
 
-def pixel_set(some, take, labels, classes=(), captions=None, mirror=False, names=None, prompts=()) -> DataSet:
-    """A set of pictures whose mean and standard deviation are those of `some`, uint8 (n, C, H, W)."""
+def pixel_set(
+    some, take, labels, names, classes=(), captions=None, mirror=False, prompts=()
+) -> DataSet:
+    """Pictures of take(indices); their mean and deviation are those of `some`, uint8 (n, C, H, W)."""
     mean, std = float(some.mean()), float(some.std()) or 1.0
     spec = DataSpec("pixels", some.shape[1:], mean, std, tuple(classes), prompts=prompts)
     return DataSet(spec, labels, partial(load_pixels, take, mean, std, mirror), captions, names)
@@ -562,7 +587,7 @@ def in_memory(pixels: np.ndarray, labels, **more) -> DataSet:
     """uint8 (n, C, H, W) as a data set."""
     names = [hashlib.sha256(pixels.tobytes()).hexdigest()]
     some = pixels[:: max(1, len(pixels) // 10000)]
-    return pixel_set(some, lambda indices: (pixels[indices], indices), labels, names=names, **more)
+    return pixel_set(some, lambda indices: (pixels[indices], indices), labels, names, **more)
 
 
 def open_demo(mirror: bool) -> DataSet:
@@ -574,26 +599,22 @@ def open_demo(mirror: bool) -> DataSet:
     return in_memory(pixels, labels, classes=info["classes"], mirror=mirror)
 
 
-def emoji_records(held_out: bool = False) -> list[tuple[int, str, str, str]]:
-    """(number in the sprite, name, emoji, group) of the emoji in training, or of those held out."""
-    info = read_json(DEMO / "emoji.json")
-    records = enumerate(info["name, emoji, group"])
-    return [(i, *record) for i, record in records if (record[0] in info["held_out"]) == held_out]
-
-
 def open_emoji(held_out: bool = False, mirror: bool = False) -> DataSet:
-    """1,600 Noto emoji, 32 x 32, with their names as captions, without those held out; or only those."""
-    numbers, names, *_ = zip(*emoji_records(held_out))
+    """1,600 Noto emoji, 32 x 32, captioned with their names, less those held out; or only those."""
+    info = read_json(DEMO / "emoji.json")
+    names = [name for name, *_ in info["name, emoji, group"]]
+    kept = [i for i, name in enumerate(names) if (name in info["held_out"]) == held_out]
     sprite = np.asarray(Image.open(DEMO / "emoji.png")).reshape(25, 32, 64, 32, 3)
-    pixels = sprite.transpose(0, 2, 4, 1, 3).reshape(1600, 3, 32, 32)[list(numbers)]
-    prompts = ("red apple", "blue heart", "sun", "cat face")
-    prompts += ("panda", "orange heart", "purple circle", "green square")
-    captions = Captions([[name] for name in names])
-    return in_memory(pixels, np.arange(len(names)), captions=captions, mirror=mirror, prompts=prompts)
+    pixels = sprite.transpose(0, 2, 4, 1, 3).reshape(1600, 3, 32, 32)[kept]
+    captions = Captions([[names[i]] for i in kept])
+    prompts = ("red apple", "blue heart", "sun", "cat face", "panda")
+    prompts += ("orange heart", "purple circle", "green square")
+    more = {"captions": captions, "mirror": mirror, "prompts": prompts}
+    return in_memory(pixels, np.arange(len(kept)), **more)
 
 
 def open_torchvision(name: str, mirror: bool | None) -> DataSet:
-    """fashion, mnist, cifar10 or cifar100 from the folder datasets/, downloaded there the first time."""
+    """fashion, mnist, cifar10 or cifar100 from datasets/, downloaded there the first time."""
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -602,29 +623,31 @@ def open_torchvision(name: str, mirror: bool | None) -> DataSet:
     cifar = name.startswith("cifar")
     files = [kind.filename] if cifar else [file for file, _ in kind.resources]
     folder = "datasets" if cifar else f"datasets/{kind.__name__}/raw"
-    try:                                                # only a process that is alone may download
-        source = kind("datasets", train=True, download=ranks()[1] == 1)
+    try:                                                # the others wait for rank 0, see train.set_up
+        source = kind("datasets", train=True, download=ranks()[0] == 0)
     except Exception as error:                          # of the network or of the disk
-        way = f"run data.py inspect {name} once with network, or put {', '.join(files)} into {folder}"
+        way = f"connect to the network once, or put {', '.join(files)} into {folder}"
         raise UserError(f"--data {name}: not available ({error}); {way}") from error
-    labels = np.array(source.targets)
+    labels = torch.as_tensor(source.targets).numpy()
     if cifar:
         pixels = source.data.transpose(0, 3, 1, 2)
         return in_memory(pixels, labels, classes=source.classes, mirror=mirror is not False)
-    classes = read_json(DEMO / "fashion.json")["classes"] if name == "fashion" else list("0123456789")
+    classes = list("0123456789")
+    if name == "fashion":
+        classes = read_json(DEMO / "fashion.json")["classes"]
     return in_memory(source.data.numpy()[:, None], labels, classes=classes, mirror=bool(mirror))
 
 
 def open_folder(root: Path, side: int, mirror: bool | None) -> DataSet:
-    """A folder or tar of pictures. Class folders are mirrored; a caption may tell left from right."""
+    """Pictures of a folder or tar. Class folders are mirrored; captions may tell left from right."""
     found = find_pictures(root)
     files, n = PictureFiles(found.pictures, side), len(found.pictures)
-    some = np.linspace(0, n - 1, min(n, 256)).astype(int).tolist()  # evenly, as classes lie in sequence
-    some = np.stack([picture for picture, _ in in_threads(files.find, zip(some), os.cpu_count() or 1)])
+    some = np.linspace(0, n - 1, min(n, 256)).astype(int).tolist()  # spread over all classes
+    some = np.stack([picture for picture, _ in in_threads(files.find, zip(some), 8)])
     captions = Captions(found.captions) if found.captions else None
     mirror = not captions if mirror is None else mirror
     names = [p.name for p in found.pictures]
-    return pixel_set(some, files.take, found.labels, found.classes, captions, mirror, names)
+    return pixel_set(some, files.take, found.labels, names, found.classes, captions, mirror)
 
 
 def open_shard(path):
@@ -650,16 +673,18 @@ class Shards:
         return np.stack([self.slices[shard][row, h] for shard, row, h in rows])
 
 
-def load_latents(latents: Shards, features: Shards, spec: DataSpec, mirror: bool, indices, rng):
-    """Latents of the picture or its mirror image in network space, drawn from the posterior if it is stored."""
+def load_latents(latents: Shards, features: Shards | None, spec: DataSpec, mirror: bool, indices, rng):
+    """Of the picture or its mirror image, drawn from the posterior if that is stored."""
     half = rng.integers(2, size=len(indices)) * mirror
     z = latents.read(indices, half).astype(np.float32)  # (B, C or 2 C, h, w)
     if z.shape[1] == 2 * spec.shape[0]:
         z, std = np.split(z, 2, axis=1)
         bits = rng.integers(2**64, size=-(-z.size // 4), dtype=np.uint64).view(np.uint16)
-        z = z + std * NORMAL[bits[: z.size]].reshape(z.shape)
+        z = z + std * NORMAL.take(bits[: z.size]).reshape(z.shape)
     x = (z - np.float32(spec.shift)) * np.float32(spec.scale)
-    return x, features and features.read(indices, half).astype(np.float32), indices
+    if features is None:
+        return x, None, indices
+    return x, features.read(indices, half).astype(np.float32), indices
 
 
 def open_latents(folder: Path, want_features: bool, mirror: bool) -> DataSet:
@@ -670,11 +695,11 @@ def open_latents(folder: Path, want_features: bool, mirror: bool) -> DataSet:
     labels = np.concatenate(labels)
     rule = f"{len(labels)} labels, meta.json says {meta['count']}; encode it again"
     require(len(labels) == latents.starts[-1] == meta["count"], f"{folder}: {rule}")
-    buckets = {}                                        # (H, W): range; shards of a bucket follow each other
-    for shape, start, end in zip(latents.shapes, latents.starts.tolist(), latents.starts[1:].tolist()):
+    buckets, starts = {}, latents.starts.tolist()       # {(H, W): range}, one after the other
+    for shape, start, end in zip(latents.shapes, starts, starts[1:]):
         if end > start:
-            first = buckets.get(tuple(shape[-2:]), range(start, end)).start
-            buckets[tuple(shape[-2:])] = range(first, end)
+            size = tuple(shape[-2:])
+            buckets[size] = range(buckets.get(size, range(start, end)).start, end)
     meta["buckets"] = list(buckets) if "buckets" in meta else []
     if "factor" not in meta and "size" in meta:
         meta["factor"] = meta["size"] // meta["shape"][1]
@@ -682,11 +707,11 @@ def open_latents(folder: Path, want_features: bool, mirror: bool) -> DataSet:
     if not spec.classes:
         file = folder / "captions.jsonl"
         texts = read_captions(Entry(file.name, str(file)).read(), str(file))
-        rule = f"captions of {len(texts)} pictures, not of {meta['pictures']}; restore what encode wrote"
-        require(len(texts) == meta["pictures"], f"{file}: {rule}")
+        rule = f"captions of {len(texts)} pictures, not of {meta['pictures']}"
+        require(len(texts) == meta["pictures"], f"{file}: {rule}; restore what encode wrote")
         captions = Captions(texts.values())
     if want_features:
-        require("features" in meta, f"--data {folder} has no features; run data.py encode --features")
+        require("features" in meta, f"--data {folder} has no features; encode with --features")
         features = Shards(folder, meta["features"]["shards"], "features")
         same = np.array_equal(features.starts, latents.starts)
         require(same, f"{folder}: features of other pictures; delete features_* and encode again")
@@ -703,18 +728,19 @@ def load_noise(shape, indices, rng):
 def random_data(shape, classes: int) -> DataSet:
     """Noise, to run a preset without data; with captions if there are no classes."""
     flags = "--channels, --side, and --classes unless it has captions"
-    require(len(shape) == 3 and all(shape), f"--data random with shape {tuple(shape)}: give {flags}")
-    n, texts = classes or 2 * TABLE, [[f"picture {i}, " + "noise " * (i % 64)] for i in range(2 * TABLE)]
+    require(all(shape), f"--data random with shape {tuple(shape)}: give {flags}")
+    texts = [[f"picture {i}, " + "noise " * (i % 64)] for i in range(2 * TABLE)]
     spec = DataSpec("random", tuple(shape), classes=tuple(str(i) for i in range(classes)))
     captions = None if classes else Captions(texts)
-    return DataSet(spec, np.arange(1_281_167) % n, partial(load_noise, spec.shape), captions)
+    labels = np.arange(1_281_167) % (classes or len(texts))
+    return DataSet(spec, labels, partial(load_noise, spec.shape), captions)
 
 
-def open_data(path: str, side: int = 0, features: bool = False, mirror: bool | None = None) -> DataSet:
+def open_data(path: str, side=0, features=False, mirror: bool | None = None) -> DataSet:
     """A data set by name or path.
 
-    path      demo, emoji, fashion, mnist, cifar10, cifar100; a folder that `encode` wrote; or a folder or
-              tar of pictures, in a folder per class or with captions (see `find_captions`).
+    path      demo, emoji, fashion, mnist, cifar10, cifar100; a folder that `encode` wrote; a folder
+              or tar of pictures, in a folder per class or with captions (see `find_captions`).
     side      of pictures in files, after the centre crop (default 64).
     features  read() then gives the features that `encode --features` stored.
     mirror    half of them as mirror images; None: if they are latents, CIFAR or class folders.
@@ -731,13 +757,14 @@ def open_data(path: str, side: int = 0, features: bool = False, mirror: bool | N
         data = open_latents(folder, features, mirror is not False)
     elif (folder / "plan.json").is_file():
         done = len(list(folder.glob("latents_*.safetensors")))
-        raise UserError(f"--data {path}: encoding stopped after {done} shards; run data.py encode again")
+        raise UserError(f"--data {path}: encoding stopped after {done} shards; run it again")
     else:
         names = ", ".join(["demo", "emoji", *TORCHVISION])
         require(folder.exists(), f"--data {path}: no such folder; give a folder or one of {names}")
         data = open_folder(folder, side or 64, mirror)
     n = len(data.spec.classes)
-    require(not n or data.labels.max() < n, f"--data {path}: label {data.labels.max()} beyond the {n} classes")
+    last = data.labels.max()
+    require(not n or last < n, f"--data {path}: label {last} beyond the {n} classes; encode it again")
     require(not features or data.features_shape, f"--data {path} has no features; encode it first")
     return data
 
@@ -746,14 +773,14 @@ def check_fits(spec: DataSpec, channels=0, side=0, classes=0, autoencoder="") ->
     """raises UserError where the data differ from what is asked for; 0 and "" ask for nothing."""
     asked = {"channels": channels, "height": side, "width": side, "classes": classes}
     found = dict(zip(asked, [*spec.shape, len(spec.classes)]))
-    if spec.kind != "random":                           # noise stands for the latents of any autoencoder
+    if spec.kind != "random":                           # noise stands for any latents
         asked["autoencoder"], found["autoencoder"] = autoencoder, spec.autoencoder
     for name, value in asked.items():
-        rule = f"the data have {name} {found[name]}, the configuration asks for {value}; change either"
-        require(not value or value == found[name], rule)
+        rule = f"the data have {name} {found[name]}, the configuration asks for {value}"
+        require(not value or value == found[name], f"{rule}; change either")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The stream
 
 
@@ -763,14 +790,14 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def positions(n: int, batch: int, seed: int, step: int, slot: int, of: int) -> np.ndarray:
-    """Indices for slot `slot` of `of` at `step`: all n pictures once an epoch, in a new order each time."""
+    """Indices for slot `slot` of `of` at `step`: all n once an epoch, in a new order each time."""
     numbers = range((step * of + slot) * batch, (step * of + slot + 1) * batch)
     return np.array([epoch_order(n, seed, k // n)[k % n] for k in numbers])
 
 
 @lru_cache(maxsize=2)
-def epoch_batches(buckets: tuple[range, ...], sizes: tuple[int, ...], seed: int, epoch: int) -> list[np.ndarray]:
-    """Each bucket, shuffled, is cut into batches of its size; these are shuffled. The remainders are left out."""
+def epoch_batches(buckets: tuple, sizes: tuple, seed: int, epoch: int) -> list[np.ndarray]:
+    """Each bucket, shuffled, is cut into batches of its size, without remainder; these are shuffled."""
     rng, parts = np.random.default_rng((seed, epoch)), []
     for bucket, size in zip(buckets, sizes):
         order = bucket.start + rng.permutation(len(bucket))
@@ -785,10 +812,10 @@ def native_sizes(data: DataSet, batch: int, patch: int) -> tuple[int, ...]:
     return tuple(min(len(bucket), max(1, budget // n)) for bucket, n in zip(data.buckets, tokens))
 
 
-def batches(data: DataSet, batch: int, seed: int, slots: list[int], of: int, start: int = 0, patch: int = 1):
-    """Endless stream of `Batch`, one per step and slot, from step `start` on, read ahead in threads.
+def batches(data: DataSet, batch: int, seed: int, slots: list[int], of: int, start=0, patch=1):
+    """Endless stream of `Batch`, one per step and slot, from step `start` on, read in threads.
 
-    batch  pictures; of a native set, as many as have no more tokens than `batch` of spec.shape at `patch`.
+    batch  pictures; of a native set, as many as have the tokens of `batch` of spec.shape at most.
     slots  the micro-batches of this process in a step; `of` is their number over all processes.
     """
     buckets = tuple(data.buckets)
@@ -806,14 +833,14 @@ def batches(data: DataSet, batch: int, seed: int, slots: list[int], of: int, sta
     return in_threads(read, ((step, slot) for step in count(start) for slot in slots), 4, ahead=4)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Captions to features
 
 
 @lru_cache(maxsize=2**16)
 def hash_word(word: str) -> np.ndarray:
-    """A fixed normal vector (width,): a quarter of its variance is the word's own, the rest that of its runs of
-    3 bytes, so words of similar spelling are close."""
+    """A fixed normal vector (width,): a quarter of its variance is the word's own, the rest that of
+    its runs of 3 bytes, so words of similar spelling are close."""
     raw = f"<{word}>".encode()
     pieces = [raw] + [raw[i : i + 3] for i in range(min(max(1, len(raw) - 2), 64))]
     hashes = [hashlib.shake_256(piece).digest(2 * BYTES["width"]) for piece in pieces]
@@ -838,10 +865,10 @@ class WordHashes:
 
 
 class TextEncoder:
-    """A frozen encoder of transformers: list of str -> last hidden state (n, L, F), mask (n, L) bool.
+    """A frozen encoder of transformers: texts -> last hidden state (n, L, F), mask (n, L) bool.
 
-    Padded on the right, no chat template. pad_to_length: L is always `length`, so that a network which sees the
-    padding sees the same whatever else is encoded.
+    Padded on the right, no chat template. pad_to_length: L is always `length`, so that a network
+    which sees the padding sees the same whatever else is encoded.
     """
 
     def __init__(self, path: str, net, tokenizer, length: int, pad_to_length: bool):
@@ -856,11 +883,14 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        texts, limits = [text or self.empty for text in captions], {"truncation": True, "max_length": self.length}
-        tokens = self.tokenizer(texts, padding=self.padding, return_tensors="pt", **limits).to(self.net.device)
-        parts = [{key: v[i : i + 64] for key, v in tokens.items()} for i in range(0, len(texts), 64)]
-        features = torch.cat([self.net(**part).last_hidden_state for part in parts])
-        return features, tokens["attention_mask"].bool()
+        texts = [text or self.empty for text in captions]
+        options = {"padding": self.padding, "truncation": True, "max_length": self.length}
+        tokens = self.tokenizer(texts, return_tensors="pt", **options).to(self.net.device)
+        parts = []
+        for i in range(0, len(texts), 64):
+            part = {key: value[i : i + 64] for key, value in tokens.items()}
+            parts.append(self.net(**part).last_hidden_state)
+        return torch.cat(parts), tokens["attention_mask"].bool()
 
 
 def load_text_encoder(name: str, device="cpu", length: int = 256, pad_to_length: bool = False):
@@ -875,19 +905,22 @@ def load_text_encoder(name: str, device="cpu", length: int = 256, pad_to_length:
         missing = path.startswith((".", "/", "~")) and not os.path.isdir(path)
         require(not missing, f"{flag}: there is no such folder")
         net = load_network("transformers", flag, path, device, pick_dtype(torch.device(device)))
-        return TextEncoder(path, net, load_pretrained("transformers", "AutoTokenizer", flag, path), length, pad_to_length)
+        tokenizer = load_pretrained("transformers", "AutoTokenizer", flag, path)
+        return TextEncoder(path, net, tokenizer, length, pad_to_length)
     except UserError as error:
         hub = name if "/" in name.strip("/.") and not os.path.isabs(name) else GEMMA
-        way = f"pip install transformers, `hf download {hub} --local-dir FOLDER`, then --text_encoder FOLDER"
-        raise UserError(f"{error}. {way}; 'bytes' needs nothing, for a network trained with it") from error
+        way = f"pip install transformers, hf download {hub} --local-dir FOLDER, "
+        way += "then --text_encoder FOLDER; 'bytes' needs nothing, for a network trained with it"
+        raise UserError(f"{error}. {way}") from error
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{flag}: gives no last hidden state of a text ({error}); give a text model") from error
+        rule = f"gives no last hidden state of a text ({error})"
+        raise UserError(f"{flag}: {rule}; give a text model") from error
 
 
 class Texts:
     """Caption numbers (B,) int64 -> features (B, L, F), mask (B, L) bool.
 
-    Up to TABLE captions are encoded once, here; of more, `fetch` encodes those of each coming batch.
+    Up to TABLE captions are encoded once, here; of more, `fetch` encodes those of a coming batch.
     multiple  L is a multiple of it: compiled code wants few different lengths.
     """
 
@@ -918,7 +951,7 @@ class Texts:
         return self.features[rows], self.mask[rows]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Autoencoders, and back to pictures
 
 
@@ -932,30 +965,35 @@ def load_pretrained(library: str, kind: str, flag: str, path: str):
     package.utils.logging.disable_progress_bar()
     try:
         return getattr(package, kind).from_pretrained(path)
-    except Exception as error:                          # errors of the hub and of files share no type
+    except Exception as error:                          # errors of hub and files share no type
         line = str(error).strip().split("\n")[0]
-        raise UserError(f"{flag}: {path} does not load ({line}); give a folder or hub name") from error
+        rule = f"{path} does not load ({line})"
+        raise UserError(f"{flag}: {rule}; give a folder or hub name") from error
 
 
 def load_network(library: str, flag: str, path: str, device="cpu", dtype=torch.float32):
     """A pretrained network of diffusers or transformers, frozen."""
-    return load_pretrained(library, "AutoModel", flag, path).to(device, dtype).eval().requires_grad_(False)
+    network = load_pretrained(library, "AutoModel", flag, path)
+    return network.to(device, dtype).eval().requires_grad_(False)
 
 
 def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
-    """An autoencoder, its pixels per latent position and side, and its part of a spec: latents z are
-    (z - shift) * scale in network space."""
-    path, _, scale = AUTOENCODERS.get(name, (os.path.abspath(name) if os.path.isdir(name) else name, 0, 0.0))
+    """An autoencoder, its pixels per latent position and side, and its part of a spec: latents z
+    are (z - shift) * scale in network space."""
+    local = os.path.abspath(name) if os.path.isdir(name) else name
+    path, _, scale = AUTOENCODERS.get(name, (local, 0, 0.0))
     vae = load_network("diffusers", f"--autoencoder {name}", path, device, dtype)
-    factor = getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config["block_out_channels"]) - 1)
+    factor = getattr(vae, "spatial_compression_ratio", 0)
+    factor = factor or 2 ** (len(vae.config["block_out_channels"]) - 1)
     scale, shift = scale or vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
-    return vae, factor, {"autoencoder": name if name in AUTOENCODERS else path, "scale": scale, "shift": shift}
+    name = name if name in AUTOENCODERS else path
+    return vae, factor, {"autoencoder": name, "scale": scale, "shift": shift}
 
 
 @torch.no_grad()
 def encode_pictures(vae, means: bool, x: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float16 (B, 2, C or 2 C, h, w), not scaled: of the picture and its mirror image, the
-    posterior's mean and standard deviation, or the mean alone."""
+    """uint8 (B, 3, H, W) -> float16 (B, 2, C or 2 C, h, w), not scaled: of picture and mirror image,
+    the posterior's mean and standard deviation, or the mean alone."""
     x = (x.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
     out = vae.encode(torch.cat([x, x.flip(3)]))
     if "latent" in out:
@@ -990,8 +1028,9 @@ def to_pixels(x: Tensor, mean: float, std: float) -> np.ndarray:
 
 
 class Decoder:
-    """Network space (B, C, h, w) -> uint8 pictures (B, H, W, C). Latents are decoded in float32, and in tiles if
-    the picture is larger than TILED. Noise: its first three channels. `.factor`: pixels per position and side.
+    """Network space (B, C, h, w) -> uint8 pictures (B, H, W, C), `.factor` times as high and wide.
+
+    Latents are decoded in float32, in tiles if the picture has more than TILED pixels.
 
     autoencoder  a path to load instead of the spec's.
     """
@@ -1019,7 +1058,8 @@ class Decoder:
         if area > TILED:
             self.vae.enable_tiling()
         parts = z.split(max(1, min(16, 16 * 512**2 // area)))
-        return np.concatenate([to_pixels(self.vae.decode(part).sample, 127.5, 127.5) for part in parts])
+        pixels = [to_pixels(self.vae.decode(part).sample, 127.5, 127.5) for part in parts]
+        return np.concatenate(pixels)
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
@@ -1029,19 +1069,21 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 def draw_text(text: str, width: int, height: int, mode: str) -> Image.Image:
     """Black on white, wrapped, cut at the edges."""
-    cell, lines = Image.new(mode, (width, height), "white"), textwrap.wrap(text[:200], max(1, width // 6))
+    cell = Image.new(mode, (width, height), "white")
+    text = "\n".join(textwrap.wrap(text[:200], max(1, width // 6))[:4])
     font = ImageFont.load_default(11)
-    ImageDraw.Draw(cell).multiline_text((1, 1), "\n".join(lines[:4]), "black", font, spacing=2)
+    ImageDraw.Draw(cell).multiline_text((1, 1), text, "black", font, spacing=2)
     return cell
 
 
 def grid(rows: np.ndarray, scale: int = 1, names=(), row_names=(), gap: int = 2) -> Image.Image:
-    """uint8 (R, C, H, W, K) as one picture with white gaps, each pixel `scale` wide; names of columns below, names
-    of rows at the left."""
+    """uint8 (R, C, H, W, K) as one picture with white gaps, each pixel `scale` wide; names of columns
+    below, names of rows at the left."""
     r, c, h, w, k = rows.shape
     sheet = np.pad(rows, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
     sheet = sheet.transpose(0, 2, 1, 3, 4).reshape(r * (h + gap), c * (w + gap), k)
-    sheet = to_image(sheet[:-gap, :-gap].repeat(scale, 0).repeat(scale, 1))
+    sheet = sheet[: r * (h + gap) - gap, : c * (w + gap) - gap]  # no gap at the end
+    sheet = to_image(sheet.repeat(scale, 0).repeat(scale, 1))
     left, below = 64 if row_names else 0, 56 if names else 0
     labelled = Image.new(sheet.mode, (left + sheet.width, sheet.height + below), "white")
     labelled.paste(sheet, (left, 0))
@@ -1055,13 +1097,14 @@ def grid(rows: np.ndarray, scale: int = 1, names=(), row_names=(), gap: int = 2)
 
 def write_picture(picture, path) -> None:
     """uint8 (H, W, C) or a PIL image as PNG, or JPEG if the name says so; complete or not there."""
-    image, temporary = picture if isinstance(picture, Image.Image) else to_image(picture), aside(path)
+    image = picture if isinstance(picture, Image.Image) else to_image(picture)
+    temporary = aside(path)
     jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
     image.save(temporary, "JPEG" if jpeg else "PNG", quality=95)
     os.replace(temporary, path)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The commands: encode and inspect
 
 
@@ -1087,7 +1130,7 @@ class EncodeConfig:
 
 
 def upright_size(entry: Entry) -> list[int] | str:
-    """[height, width] as EXIF turns it, or the reason why there is none. In a folder only headers are read."""
+    """[height, width] as EXIF turns it, from the header, or the reason why there is none."""
     try:
         with Image.open(io.BytesIO(entry.read()) if entry.inside else entry.file) as picture:
             turned = picture.format != "TIFF" and picture.getexif().get(0x0112, 1) > 4
@@ -1097,8 +1140,8 @@ def upright_size(entry: Entry) -> list[int] | str:
 
 
 def bucket_sizes(side: int, step: int) -> list[tuple[int, int]]:
-    """At most 33 (height, width), from wide to tall: multiples of `step` of ratios up to 1:4, whose area is that of
-    the square or a little less."""
+    """At most 33 (height, width), from wide to tall: multiples of `step` of ratios up to 1:4, whose
+    area is that of the square or a little less."""
     n = side // step
     short = {round(h) for h in np.geomspace(n / 2, n, 17)} - {0}
     sizes = {(h, min(4 * h, n * n // h)) for h in short}
@@ -1107,7 +1150,7 @@ def bucket_sizes(side: int, step: int) -> list[tuple[int, int]]:
 
 
 def choose_bucket(size: list[int] | str, tables: list, upscale: bool) -> tuple[int, int]:
-    """The nearest ratio of the largest area that a picture (height, width) fills without being enlarged.
+    """The nearest ratio of the largest area that a picture (height, width) fills as it is.
 
     tables  `bucket_sizes` from small to large. raises ValueError with the reason why there is none.
     """
@@ -1124,7 +1167,7 @@ def choose_bucket(size: list[int] | str, tables: list, upscale: bool) -> tuple[i
 
 
 def plan_buckets(cfg: EncodeConfig, step: int, pictures: list[Entry]) -> tuple[dict, list]:
-    """{(height, width): indices} from wide to tall, and [name, reason] of pictures that fit none."""
+    """{(height, width): indices} from wide to tall, and [name, reason] of those that fit none."""
     tables = [bucket_sizes(side, step) for side in sorted(cfg.size)]
     groups, skipped = {}, []
     sizes = in_threads(upright_size, zip(pictures), cfg.workers)
@@ -1134,15 +1177,18 @@ def plan_buckets(cfg: EncodeConfig, step: int, pictures: list[Entry]) -> tuple[d
         except ValueError as error:
             skipped.append([pictures[i].name, str(error)])
     require(groups, f"--images {cfg.images}: no picture fits a bucket; the first: {skipped[:1]}")
-    return dict(sorted(groups.items(), key=lambda item: (item[0][0] / item[0][1], item[0]))), skipped
+    order = sorted(groups, key=lambda size: (size[0] / size[1], size))
+    return {size: groups[size] for size in order}, skipped
 
 
 def load_features(name: str, grid: int, device, dtype):
-    """A frozen image encoder: uint8 (B, 3, S, S), resized to grid x grid patches -> float16 (B, 2, grid^2, F) of the
-    picture and its mirror image."""
+    """A frozen image encoder: uint8 (B, 3, S, S), resized to grid x grid patches -> float16
+    (B, 2, grid^2, F) of the picture and its mirror image."""
     net = load_network("transformers", f"--features {name}", name, device, dtype)
-    side, radio = grid * net.config.patch_size, hasattr(net.config, "norm_mean")  # RADIO normalises by itself
-    mean, std = ((0, 0, 0), (1, 1, 1)) if radio else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    side = grid * net.config.patch_size
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    if hasattr(net.config, "norm_mean"):                # RADIO normalises by itself
+        mean, std = (0, 0, 0), (1, 1, 1)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
 
     @torch.no_grad()
@@ -1160,7 +1206,7 @@ def load_features(name: str, grid: int, device, dtype):
 def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
     """Load the networks and claim the folder.
 
-    returns  {kind: function} that make the tensors, and per shard its pictures' (height, width) and indices
+    returns  {kind: function} that make the tensors; per shard (height, width) and indices
     """
     device = open_device(cfg.device)
     dtype = pick_dtype(device, cfg.precision)
@@ -1169,14 +1215,14 @@ def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
     rule = f"must be a multiple of {step}, the autoencoder's pixels per position times --patch"
     require(all(size % step == 0 for size in cfg.size), f"--size {cfg.size}: {rule}")
     makers = {"latents": partial(encode_pictures, vae, cfg.means)}
-    probe, channels = makers["latents"](torch.zeros(1, 3, side, side)), vae.config["latent_channels"]
+    probe = makers["latents"](torch.zeros(1, 3, side, side))
+    channels = vae.config["latent_channels"]
     listing = "\n".join(f"{p.name} {k}" for p, k in zip(found.pictures, found.labels))
-    plan = {
-        "kind": "latents", "native": cfg.native, "size": side, **network, "factor": factor, "pictures": n,
-        "shape": [channels, *probe.shape[3:]], "moments": probe.shape[2] > channels, "shard": cfg.shard,
-        "precision": str(dtype).removeprefix("torch."), "classes": found.classes,
-        "listing": hashlib.sha256(listing.encode()).hexdigest(), "captions": Captions(found.captions).digest(),
-    }
+    plan = {"kind": "latents", "native": cfg.native, "size": side, **network, "factor": factor}
+    plan |= {"shape": [channels, *probe.shape[3:]], "moments": probe.shape[2] > channels}
+    plan |= {"precision": str(dtype).removeprefix("torch."), "shard": cfg.shard, "pictures": n}
+    plan |= {"classes": found.classes, "listing": hashlib.sha256(listing.encode()).hexdigest()}
+    plan |= {"captions": Captions(found.captions).digest()}
     groups = {(side, side): list(range(n))}
     if cfg.native:
         groups, plan["skipped"] = plan_buckets(cfg, step, found.pictures)
@@ -1190,7 +1236,10 @@ def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
         pairs = zip(found.pictures, found.captions)
         lines = [json.dumps({"image_file": p.name, "captions": texts}) + "\n" for p, texts in pairs]
         write_text(out / "captions.jsonl", "".join(lines))
-    return makers, [(s, v[k : k + cfg.shard]) for s, v in groups.items() for k in range(0, len(v), cfg.shard)]
+    shards = []
+    for size, indices in groups.items():
+        shards += [(size, indices[k : k + cfg.shard]) for k in range(0, len(indices), cfg.shard)]
+    return makers, shards
 
 
 def open_cropped(entry: Entry, size, upright: bool) -> np.ndarray | str:
@@ -1201,8 +1250,8 @@ def open_cropped(entry: Entry, size, upright: bool) -> np.ndarray | str:
         return str(error)
 
 
-def encode_shard(cfg: EncodeConfig, makers: dict, size, pictures: list[tuple[Entry, int]]) -> tuple[dict, dict]:
-    """The tensors of one shard, {kind: (n, ...) float16} and labels (n,), and its record."""
+def encode_shard(cfg: EncodeConfig, makers: dict, size, pictures: list) -> tuple[dict, dict]:
+    """[(Entry, label)] -> the tensors of one shard, {kind: (n, ...) float16, "labels"}; its record."""
     parts, labels, skipped = {kind: [] for kind in makers}, [], []
     jobs = ((entry, size, cfg.native) for entry, _ in pictures)
     stream = in_threads(open_cropped, jobs, cfg.workers, ahead=4 * cfg.batch)
@@ -1215,11 +1264,12 @@ def encode_shard(cfg: EncodeConfig, makers: dict, size, pictures: list[tuple[Ent
                 x.append(picture)
                 labels.append(label)
         n = len(x)
-        x = torch.from_numpy(np.stack(x or [np.zeros((3, *size), np.uint8)]))  # for its shape if there is none
+        x = x or [np.zeros((3, *size), np.uint8)]       # of none, the shape is needed
+        x = torch.from_numpy(np.stack(x))
         for kind, make in makers.items():
             part = make(x)[:n].cpu().numpy()
-            rule = f"{kind} of {pictures[k][0].name} and after overflow float16; use another encoder"
-            require(np.isfinite(part).all(), rule)
+            rule = f"{kind} of {pictures[k][0].name} and after overflow float16"
+            require(np.isfinite(part).all(), f"{rule}; use another encoder")
             parts[kind].append(part)
     tensors = {kind: np.concatenate(part).copy() for kind, part in parts.items()}
     record = {"count": len(labels), "skipped": skipped} | ({"bucket": size} if cfg.native else {})
@@ -1241,7 +1291,7 @@ def write_shard(path: Path, tensors: dict, record: dict) -> None:
         save_file(tensors, temporary, {"tim": json.dumps(record | {"sha256": digest(tensors)})})
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)                          # safetensors makes files that only their owner can read
+        temporary.chmod(0o644)                          # safetensors makes private files
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -1255,7 +1305,8 @@ def finish(out: Path, shards: int) -> dict | None:
     for kind in ("latents", "features"):
         files = [out / f"{kind}_{k:05}.safetensors" for k in range(shards)]
         if all(file.is_file() for file in files):
-            records[kind] = [{"file": f.name} | json.loads(open_shard(f).metadata()["tim"]) for f in files]
+            stored = [json.loads(open_shard(file).metadata()["tim"]) for file in files]
+            records[kind] = [{"file": f.name} | record for f, record in zip(files, stored)]
     if "latents" not in records:
         return None
     counts = [shard["count"] for shard in records["latents"]]
@@ -1271,13 +1322,14 @@ def encode(cfg: EncodeConfig) -> None:
     (rank, world_size), out = ranks(), Path(cfg.out)
     require(Path(cfg.images).exists(), f"--images {cfg.images}: no such folder or tar")
     require(cfg.native or len(cfg.size) == 1, f"--size {cfg.size}: several need --native")
-    require(not (cfg.native and cfg.features), "--features: not for --native pictures; leave one out")
+    require(not (cfg.native and cfg.features), "--features: not for --native pictures")
     found = find_pictures(cfg.images)
     try:
         out.mkdir(parents=True, exist_ok=True)
         makers, shards = plan_set(cfg, found, out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error})") from error
+    made = 0
     for k in tqdm(range(rank, len(shards), world_size), "shards", disable=rank > 0):
         size, indices = shards[k]
         paths = {kind: out / f"{kind}_{k:05}.safetensors" for kind in makers}
@@ -1287,10 +1339,12 @@ def encode(cfg: EncodeConfig) -> None:
             tensors, record = encode_shard(cfg, missing, size, pictures)
             for kind in missing:
                 write_shard(paths[kind], {kind: tensors[kind], "labels": tensors["labels"]}, record)
+            made += 1
     meta = finish(out, len(shards))
-    if meta and rank == k % world_size:
+    if meta and (rank == 0 or made):
         skipped = [line for part in (meta, *meta["shards"]) for line in part.get("skipped", [])]
-        print(f"{out}: {meta['count']:,} of {len(found.pictures):,} pictures, {len(skipped)} skipped")
+        n = len(found.pictures)
+        print(f"{out}: {meta['count']:,} of {n:,} pictures, {len(skipped)} skipped")
         for name, why in skipped[:20]:
             print(f"  skipped {name}: {why}")
         require(meta["count"], f"--images {cfg.images}: none of the pictures could be opened")
@@ -1303,14 +1357,16 @@ def inspect(path: str, device: str, autoencoder: str | None, sheet: str) -> None
     for (h, w), bucket in zip(data.spec.buckets, data.buckets):
         print(f"bucket {h:4} x {w:<4} {len(bucket):12,} pictures")
     most = max(data.buckets, key=len)
-    x = data.read(np.linspace(most[0], most[-1], min(1024, len(most))).astype(int), np.random.default_rng(0)).x
+    some = np.linspace(most[0], most[-1], min(1024, len(most))).astype(int)
+    x = data.read(some, np.random.default_rng(0)).x
     print("channel     mean      std   in network space, should be near 0 and 1")
     for c, values in enumerate(x.transpose(0, 1)):
         print(f"{c:7} {values.mean():8.3f} {values.std():8.3f}")
     if data.spec.kind == "latents":
         folder = Path(path).expanduser()
         meta = read_json(folder / "meta.json")
-        for shard in tqdm(meta["shards"] + meta.get("features", {}).get("shards", []), "checksums", disable=None):
+        shards = meta["shards"] + meta.get("features", {}).get("shards", [])
+        for shard in tqdm(shards, "checksums", disable=None):
             right = digest(load_file(folder / shard["file"])) == shard["sha256"]
             require(right, f"{folder / shard['file']}: wrong checksum; delete it and encode again")
         print("all checksums are right")
@@ -1333,7 +1389,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     p = commands.add_parser("encode", help="pictures to latents; again = resume", **style)
     p.add_argument("--images", required=True, help="folder or tar: class folders, or with captions")
     p.add_argument("--out", required=True, help="folder of the set")
-    p.add_argument("--autoencoder", default="sd-vae", help="sd-vae, dc-ae, a folder or a hub name (sd-vae)")
+    p.add_argument("--autoencoder", default="sd-vae", help="sd-vae, dc-ae, folder or hub name")
     p.add_argument("--means", action="store_true", help="store the posterior's mean only")
     p.add_argument("--native", action="store_true", help="keep aspect ratios, in buckets")
     p.add_argument("--upscale", action="store_true", help="enlarge pictures below the smallest size")

@@ -35,8 +35,7 @@ from transition import (
     step_coefficients,
 )  # fmt: skip
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
+# --- Checkpoints ----------------------------------------------------------------------------------
 
 
 def save(path: Path, state: dict[str, Tensor], config: dict) -> None:
@@ -96,7 +95,8 @@ def read_tensors(file: Path, device) -> tuple[dict, dict | None]:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
                 config = json.loads((f.metadata() or {}).get("tim", "null"))
-                state = {name: f.get_tensor(name).to(device, torch.float32) for name in f.keys()}
+                names = list(f.keys())
+            state = {name: read_tensor(file, name, device) for name in names}
         else:
             config = None
             stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # no code
@@ -105,6 +105,12 @@ def read_tensors(file: Path, device) -> tuple[dict, dict | None]:
         why = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(f"{file}: not a whole file of plain weights ({why}); get it again") from error
     return {k: v for k, v in state.items() if not k.startswith("projector.")}, config
+
+
+def read_tensor(file: Path, name: str, device) -> Tensor:
+    """One tensor in fp32. The file is closed after each, or all pages read so far would stay in memory."""
+    with safe_open(file, "pt") as f:
+        return f.get_tensor(name).to(device, torch.float32)
 
 
 def recognise(state: dict[str, Tensor], file) -> dict:
@@ -152,8 +158,7 @@ def newest(runs="runs") -> Path:
     return found[-1].parent
 
 
-# --------------------------------------------------------------------------------------------------
-# The sampler
+# --- The sampler ----------------------------------------------------------------------------------
 
 
 NO_CONDITION = -1  # stands for no class and no text where a condition is a number
@@ -371,8 +376,7 @@ def open_sampler(
     return Sampler(model, transport, config, spec, decoder, texts, options, record)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures -------------------------------------------------------------------------------------
 
 
 def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, folder: Path) -> None:
@@ -382,7 +386,7 @@ def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, f
     folder  FOLDER.json beside it holds all that its pictures depend on, so that no settings mix
     """
     rank, world_size = data.ranks()
-    names = [sampler.condition_name(k) for k in sorted({condition for _, _, condition in jobs})]
+    names = [sampler.condition_name(k) for k in dict.fromkeys(condition for _, _, condition in jobs)]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
     about = {"steps": steps, "seed": seed, "shape": list(sampler.spec.shape), "conditions": digest}
     folder.mkdir(parents=True, exist_ok=True)
@@ -402,6 +406,7 @@ def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, f
                 picture = drawn[k]
                 if each > 1:
                     picture = data.grid(drawn[k : k + 4].reshape(2, 2, *drawn.shape[1:]), gap=0)
+                (folder / files[k]).parent.mkdir(parents=True, exist_ok=True)
                 writes.append(pool.submit(data.write_picture, picture, folder / files[k]))
         for write in writes:
             write.result()  # raises what the thread met
@@ -474,8 +479,7 @@ def finish_geneval(folder: Path, source: Path) -> None:
             data.write_picture(mosaic, prompt / "grid.png")
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
+# --- The command ----------------------------------------------------------------------------------
 
 
 def parse_arguments(argv=None):

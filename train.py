@@ -43,8 +43,7 @@ from transition import (
     sample_times, shift_times, solve, time_weight, transition_target,
 )  # fmt: skip
 
-# --------------------------------------------------------------------------------------------------
-# Configuration
+# --- Configuration --------------------------------------------------------------------------------
 
 
 def opt(default, text, kind=None, choices=None):
@@ -211,6 +210,8 @@ def parse_config(argv=None) -> tuple[Config, int]:
         # other data than those that the preset was made for: what depends on them is found anew
         name = "_".join(Path(given["data"]).parts[-1:]) or name
         preset = replace(preset, patch=0, batch=0, sample_every=250)
+    if TRANSPORTS[given.get("transport", preset.transport)].mean is None:
+        preset = replace(preset, time_mean=None, time_std=None)
     cfg = replace(preset, **given)
     return check(replace(cfg, name=cfg.name or name)), world_size if dry_run else 0
 
@@ -243,8 +244,7 @@ def difference_width(cfg: Config, dtype: torch.dtype) -> float:
     return cfg.h or (0.01 if dtype == torch.bfloat16 else 0.001)
 
 
-# --------------------------------------------------------------------------------------------------
-# The step
+# --- The step -------------------------------------------------------------------------------------
 
 
 def objective(f, f_ema, transport: Transport, cfg: Config, batch: data.Batch, rng):
@@ -374,15 +374,16 @@ def update_average(ema, model, decay: float) -> None:
     torch._foreach_lerp_(averaged, live, 1 - decay)
 
 
-# --------------------------------------------------------------------------------------------------
-# Many ranks. A lone fp32 process has no group: no collective ever runs there
+# --- Many ranks. A lone fp32 process has no group: no collective ever runs there ------------------
 
 
 def connect(device: torch.device, dtype: torch.dtype) -> None:
     """Join the ranks that torchrun started. Alone in bf16, a group of one for FSDP's fp32 masters."""
     torch._dynamo.config.suppress_errors = device.type == "cpu"  # no C++ compiler: run uncompiled
+    torch._dynamo.config.recompile_limit = 512  # one per shape: buckets, lengths of captions, batches
+    torch._dynamo.config.accumulated_recompile_limit = 512
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if data.ranks()[1] > 1 or "RANK" in os.environ:
+    if "RANK" in os.environ:
         dist.init_process_group(backend)
     elif dtype == torch.bfloat16:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -442,8 +443,7 @@ def read_later(tensor: torch.Tensor):
     return read
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
+# --- Checkpoints ----------------------------------------------------------------------------------
 
 
 def training_state(networks: Networks) -> dict:
@@ -493,10 +493,13 @@ def resume(run: Path, networks: Networks, record: dict) -> int:
     old = json.loads((found[-1] / "config.json").read_text())
     old["train"] = asdict(Config()) | old["train"]  # settings younger than the run
     for part, free in (("train", FREE), ("model", {"predict"}), ("data", {"mean", "std"})):
-        for name in sorted(old[part].keys() | record[part].keys()):
+        for name in record[part]:
             was, now = old[part].get(name), record[part].get(name)
             rule = f"{found[-1]} was trained with {part} {name} = {was}, not {now}"
             require(name in free or was == now, f"{rule}; set it back or use a new --name")
+    same = old.get("fingerprint", record["fingerprint"]) == record["fingerprint"]
+    rule = "was trained on other pictures or captions than --data has now"
+    require(same, f"{found[-1]} {rule}; use those or a new --name")
     state = training_state(networks)
     try:
         dcp.load(state, checkpoint_id=found[-1], no_dist=not dist.is_initialized())
@@ -610,18 +613,20 @@ def fail_nonfinite(step: int, seen) -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------
-# Set-up
+# --- Set-up ---------------------------------------------------------------------------------------
 
 
 def fit(cfg: Config, spec: DataSpec, device: torch.device) -> Config:
     """Fill in what was left to the data and the device: patch and batch, each 0.
 
-    Patch: the smallest that divides the side and leaves at most 4 x 4 tokens up to 32 pixels, 8 x 8
-    beyond. Batch: 256 pictures on a GPU; on a CPU 64 of few tokens, else 32.
+    Patch: the smallest that divides the sides and leaves at most 4 x 4 tokens up to 32 pixels, 8 x 8
+    beyond, 16 x 16 of latents. Batch: 256 pictures on a GPU; on a CPU 64 of few tokens, else 32.
     """
     height, width = spec.shape[1:]
-    most, sides = 4 if height <= 32 else 8, [height, width, *np.ravel(spec.buckets).astype(int).tolist()]
+    sides = [height, width, *np.ravel(spec.buckets).astype(int).tolist()]
+    most = 4 if height <= 32 else 8
+    if spec.kind == "latents":
+        most = 16
     fits = [p for p in range(1, height + 1) if all(side % p == 0 for side in sides)]
     patch = cfg.patch or next(p for p in fits if height // p <= most or p == fits[-1])
     rule = f"{height}x{width} must be a multiple of it; one of {', '.join(map(str, fits))} fits"
@@ -739,17 +744,16 @@ def dry_run(cfg: Config, world_size: int) -> None:
         model(x, t, t, y)
     n, unit = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
     activations, depth = sum(saved.values()), len(model.blocks)
-    if cfg.checkpointing:
-        inputs = 4 * share * tokens * SIZES[cfg.size]["width"]
-        activations = activations // depth + depth * inputs
+    if cfg.checkpointing:  # of one block, and the inputs of all
+        activations = activations // depth + 4 * depth * share * tokens * SIZES[cfg.size]["width"]
     shards, images = world_size // cfg.replicate, cfg.steps * cfg.batch
     print(f"{cfg.name}: {cfg.size}/{cfg.patch}, {n:,} parameters in {len(list(model.parameters()))} tensors")
     epochs = f" = {images / 1_281_167:.1f} epochs of ImageNet" if cfg.classes == 1000 else ""
     print(f"{cfg.steps:,} updates x {cfg.batch} = {images:,} images{epochs}")
     print(f"{world_size} ranks, {depth} block units in {shards} shards, {share} images a micro-batch")
-    sizes = {"weights": 4 * n / shards, "gradients": 4 * n / shards, "optimizer": 8 * n / shards}
-    sizes |= {"average": 4 * n / shards, "gathered blocks": 2 * unit * (4 if cfg.precision == "fp32" else 2)}
-    sizes["activations"] = activations
+    gathered = 2 * unit * (4 if cfg.precision == "fp32" else 2)
+    sizes = {"weights": 4 * n / shards, "gradients": 4 * n / shards, "optimizer": 8 * n / shards,
+             "average": 4 * n / shards, "gathered blocks": gathered, "activations": activations}
     for name, size in (sizes | {"total": sum(sizes.values())}).items():
         print(f"  {name:16} {size / 2**30:8.3f} GiB a rank")
 
@@ -763,8 +767,7 @@ def divide(cfg: Config, world_size: int) -> None:
     require(divides, f"--replicate {cfg.replicate}: must divide the number of ranks, {world_size}")
 
 
-# --------------------------------------------------------------------------------------------------
-# The run
+# --- The run --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -792,6 +795,8 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
         require(all(shape), "--data random: give --channels, --side, and --classes if not captions")
         dataset = data.random_data(shape, cfg.classes)
     else:
+        if cfg.data in data.TORCHVISION:  # rank 0 may have to download it
+            first_rank(data.open_data, cfg.data)
         dataset = data.open_data(cfg.data, cfg.side, cfg.align > 0, cfg.mirror)
         data.check_fits(dataset.spec, cfg.channels, cfg.side, cfg.classes, cfg.autoencoder)
     spec = dataset.spec
@@ -809,14 +814,16 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
     network = network_arguments(cfg, spec, dataset.features_shape)
     record = {"model": network, "data": spec.to_json(), "train": asdict(cfg)}
     record["fingerprint"] = dataset.fingerprint()
-    limit_compilations(spec, cfg)
     networks = build(cfg, network, device, dtype)
     first_rank(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
     begin = resume(folder, networks, record)
+    try:
+        decoder = data.Decoder(spec, device)
+    except UserError as error:  # a run does not end for want of pictures
+        print(f"sample grids show latent channels: {error}", flush=True)
+        decoder = data.Decoder(replace(spec, kind="random"), device)
     options = sampling_options(record)
-    sampler = Sampler(
-        networks.ema, transport, record, spec, grid_decoder(spec, device, rank), grid_texts, options, {}
-    )
+    sampler = Sampler(networks.ema, transport, record, spec, decoder, grid_texts, options, {})
     cfg = replace(cfg, h=difference_width(cfg, dtype))
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -825,25 +832,6 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
         what = f"{weights:,} parameters, {world_size} x {name}, {str(dtype)[6:]}, h = {cfg.h:g}"
         print(f"{folder}: {what}, from update {begin}", flush=True)
     return Run(folder, cfg, transport, networks, dataset, texts, sampler, record, device, begin)
-
-
-def limit_compilations(spec: DataSpec, cfg: Config) -> None:
-    """As many compiled shapes as there are: buckets, lengths of captions, and four kinds of batch."""
-    shapes = 4 * max(2, len(spec.buckets))
-    if spec.text:
-        shapes *= -(-spec.text["length"] // 64)
-    torch._dynamo.config.recompile_limit = shapes
-    torch._dynamo.config.accumulated_recompile_limit = max(256, shapes)
-
-
-def grid_decoder(spec: DataSpec, device, rank: int):
-    """The decoder of the sample grids. A run does not end for want of one: channels are shown then."""
-    try:
-        return data.Decoder(spec, device)
-    except UserError as error:
-        if rank == 0:
-            print(f"sample grids show latent channels: {error}", flush=True)
-        return data.Decoder(replace(spec, kind="random"), device)
 
 
 def loop(run: Run, stop: list) -> tuple[int, bool]:

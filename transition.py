@@ -19,8 +19,7 @@ from torch import Tensor
 
 Coefficient = Callable[[Tensor], Tensor]
 
-# -------------------------------------------------------------------------------------------------
-# The table of transports (paper, Table 1)
+# --- The table of transports (paper, Table 1) -----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,7 @@ def slope(g: Coefficient, t: Tensor) -> Tensor:
         return torch.autograd.grad(value.sum(), s)[0]
 
 
-# -------------------------------------------------------------------------------------------------
-# States and steps
+# --- States and steps -----------------------------------------------------------------------------
 
 
 def interpolate(transport: Transport, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -174,8 +172,7 @@ def step(transport: Transport, x_t: Tensor, f: Tensor, t: Tensor, r: Tensor) -> 
     return expand(a, x_t) * x_t + expand(b, x_t) * f
 
 
-# -------------------------------------------------------------------------------------------------
-# The target and its time derivative
+# --- The target and its time derivative -----------------------------------------------------------
 
 
 def transition_target(transport: Transport, x, eps, t, r, df_dt: Tensor) -> Tensor:
@@ -241,8 +238,7 @@ def exact_derivative(f, transport: Transport, x, eps, t, r, y) -> Tensor:
         return forward_ad.unpack_dual(out).tangent
 
 
-# -------------------------------------------------------------------------------------------------
-# The loss and its weight
+# --- The loss and its weight ----------------------------------------------------------------------
 
 
 def sample_loss(f: Tensor, target: Tensor, cosine: bool) -> Tensor:
@@ -293,8 +289,7 @@ def time_weight(transport: Transport, t, r, tau: str, kernel: str, sigma: float)
     return torch.where(t == r, torch.ones_like(t), KERNELS[kernel](distance, sigma))
 
 
-# -------------------------------------------------------------------------------------------------
-# Times
+# --- Times ----------------------------------------------------------------------------------------
 
 
 def shift_times(transport: Transport, t: Tensor, shift: float) -> Tensor:

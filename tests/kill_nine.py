@@ -1,10 +1,14 @@
-"""Ten times: fork a process that writes checkpoints back to back, kill -9 it at a random moment, read the newest."""
+"""Ten times: fork a process that writes checkpoints back to back, kill -9 it, read the newest.
+
+In turn in fp32 and as FSDP in bf16; each is read as the other.
+"""
 
 import os
 import random
 import signal
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,53 +16,62 @@ import torch.distributed as dist
 
 import train
 
-CFG = train.replace(train.PRESETS["demo"], keep=2)
-NETWORK = dict(channels=2, patch=2, **train.SIZES["demo"], classes=3)
-RECORD = dict(model=NETWORK, data={}, train=train.asdict(CFG))
+CFG = replace(train.Config(), size="demo", patch=2, keep=2)
+NETWORK = {"channels": 2, "patch": 2, **train.SIZES["demo"], "classes": 3}
+RECORD = {"model": NETWORK, "data": {}, "train": asdict(CFG), "fingerprint": ""}
+TYPES = (torch.float32, torch.bfloat16)
 
 
-def start():
+def start(dtype):
     torch.set_num_threads(1)
-    train.connect("cpu")
-    return train.build(CFG, NETWORK, torch.device("cpu"), False)
+    device = torch.device("cpu")
+    train.connect(device, dtype)
+    return train.build(CFG, NETWORK, device, dtype)
 
 
-def write_for_ever(run):
-    parts = start()
-    step = train.resume(run, *parts, RECORD)
+def parts(networks):
+    parameters = (*networks.model.parameters(), *networks.ema.parameters())
+    return [train.local(p) for p in parameters]
+
+
+def write_for_ever(run, dtype):
+    networks = start(dtype)
+    step = train.resume(run, networks, RECORD)
     while True:
         step += 1
         with torch.no_grad():
-            for p in (*parts[0].parameters(), *parts[1].parameters()):
-                train.local(p).fill_(step)
-        train.write_checkpoint(run, step, *parts, RECORD)
+            for part in parts(networks):
+                part.fill_(step)
+        train.write_checkpoint(run, step, networks, RECORD)
 
 
-def read(run):
-    parts = start()
-    step = train.resume(run, *parts, RECORD)
-    values = {float(v) for p in (*parts[0].parameters(), *parts[1].parameters()) for v in train.local(p).unique()}
+def read(run, dtype):
+    networks = start(dtype)
+    step = train.resume(run, networks, RECORD)
+    values = {float(v) for part in parts(networks) for v in part.unique()}
     print(f"step {step} whole" if values == {float(step)} else f"step {step} holds {values}", flush=True)
 
 
-def fork(work):
+def fork(work, *args):
     child = os.fork()
     if child == 0:
-        work()
-        dist.destroy_process_group()
+        work(*args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         os._exit(0)
     return child
 
 
 run = Path(sys.argv[1]) / "run"
 (run / "checkpoints").mkdir(parents=True)
-chance = random.Random(0)
-for _ in range(10):
-    child = fork(lambda: write_for_ever(run))
-    have = len(train.checkpoints(run)) and train.checkpoints(run)[-1].name
-    while not train.checkpoints(run) or train.checkpoints(run)[-1].name == have:  # it is writing now
+wait = random.Random(0)
+for turn in range(10):
+    child = fork(write_for_ever, run, TYPES[turn % 2])
+    found = train.checkpoints(run)
+    have = found[-1].name if found else ""
+    while not train.checkpoints(run) or train.checkpoints(run)[-1].name == have:  # until it is writing
         time.sleep(0.005)
-    time.sleep(chance.random() * 0.3)
+    time.sleep(wait.random() * 0.3)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    os.waitpid(fork(lambda: read(run)), 0)
+    os.waitpid(fork(read, run, TYPES[(turn + 1) % 2]), 0)

@@ -1,0 +1,111 @@
+"""Runs of train.py for the tests: in this process, as a shell starts it, and several in turn.
+
+As a script, torchrun starts it: python launch.py FILE trains every list of flags in FILE (JSON), one
+after the other, in the same processes; what a rank is refused is written to FILE.RANK.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import data
+import train
+
+ROOT = Path(train.__file__).parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# Noise, and an objective that is written out, so that no test hangs on what the presets say today.
+TINY = (
+    "--data random --channels 2 --side 4 --classes 3 --size demo --patch 2 --batch 8 --lr 1e-3 "
+    "--warmup 0 --decay 0 --log_every 1 --ema 0.998 --no-compile --device cpu --predict f "
+    "--tangent data --time_mean 0 --time_std 1.6 --no-cosine --guide_gt 2 --name run"
+).split()
+
+
+def flags_of(runs, *flags) -> list[str]:
+    return [*TINY, "--runs", str(runs), *map(str, flags)]
+
+
+def train_here(runs, *flags) -> Path:
+    """Train in this process; returns the folder runs/run (or of --name)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        argv = flags_of(runs, *flags)
+        train.main(argv)
+        return Path(runs) / train.parse_config(argv)[0].name
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+
+
+def command(runs, *flags, ranks=0, script="train.py") -> list[str]:
+    """The command line of a run, under torchrun if ranks > 0."""
+    python = torchrun(ranks) if ranks else [sys.executable]
+    return [*python, str(ROOT / script), *flags_of(runs, *flags)]
+
+
+def shell(argv, **how) -> tuple[int, str]:
+    """Exit status, and stdout with stderr."""
+    how = {"env": ENV, "capture_output": True, "text": True, "timeout": 240} | how
+    done = subprocess.run([str(part) for part in argv], **how)
+    return done.returncode, done.stdout + done.stderr
+
+
+def succeed(runs, *flags, **how) -> str:
+    code, text = shell(command(runs, *flags, **how))
+    assert code == 0, text
+    return text
+
+
+def in_turn(folder: Path, ranks: int, lines: list[list[str]]) -> tuple[list[list[str]], str]:
+    """Train all lines on the same ranks; returns what each rank was refused, and what was printed."""
+    (folder / "lines.json").write_text(json.dumps(lines))
+    code, text = shell([*torchrun(ranks), __file__, folder / "lines.json"])
+    assert code == 0, text
+    refused = [json.loads((folder / f"lines.json.{rank}").read_text()) for rank in range(ranks)]
+    return refused, text
+
+
+def log(run: Path) -> list[dict]:
+    """The lines of log.jsonl that are of updates."""
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if "step" in line]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in log(run)}
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "ema.safetensors")
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], **tolerance, msg=lambda m, k=k: f"{k}: {m}")
+
+
+if __name__ == "__main__":
+    file, refused = sys.argv[1], []
+    (rank, world_size), join = data.ranks(), dist.init_process_group
+    for k, line in enumerate(json.loads(Path(file).read_text())):
+        # each group meets in a file of its own: torchrun's store still has the keys of the last one
+        store = dist.FileStore(f"{file}.store{k}", world_size)
+        dist.init_process_group = partial(join, store=store, rank=rank, world_size=world_size)
+        try:
+            train.main(line)
+        except data.UserError as error:
+            refused.append(str(error))
+    Path(f"{file}.{rank}").write_text(json.dumps(refused))
