@@ -379,6 +379,13 @@ def open_sampler(
 # --- Pictures -------------------------------------------------------------------------------------
 
 
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be made ({error}); give another") from error
+
+
 def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, folder: Path) -> None:
     """Draw jobs into a folder, shared over ranks; a file that is there is not drawn again.
 
@@ -389,7 +396,7 @@ def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, f
     names = [sampler.condition_name(k) for k in dict.fromkeys(condition for _, _, condition in jobs)]
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
     about = {"steps": steps, "seed": seed, "shape": list(sampler.spec.shape), "conditions": digest}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     data.claim(Path(f"{folder}.json"), sampler.record | about)
     each = len(jobs) // len({file for file, _, _ in jobs})                  # pictures a file, 1 or 4
     size = max(each, batch // each * each)
@@ -426,7 +433,7 @@ def draw_grid(sampler: Sampler, conditions: list[int], steps: list[int], seed: i
     labels = [f"{n} step" + "s" * (n > 1) for n in steps]
     picture = data.grid(rows, scale=max(1, 64 // rows.shape[2]), names=names, row_names=labels)
     if data.ranks()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         data.write_picture(picture, path)
 
 

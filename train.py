@@ -6,6 +6,7 @@
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -227,6 +228,8 @@ def check(cfg: Config) -> Config:
     require(cfg.drop or not guides, "guidance in the target needs dropped conditions: give --drop 0.1")
     plain = "/" not in cfg.name and not cfg.name.startswith(".")
     require(plain, f"--name {cfg.name}: one folder name, without / or a leading dot")
+    installed = not cfg.tensorboard or importlib.util.find_spec("tensorboard")
+    require(installed, "--tensorboard needs the package: pip install tensorboard")
     drawn = cfg.time_mean is None and cfg.time_std is None
     rule = f"the times of {cfg.transport!r} are uniform or log-uniform and have neither; leave them out"
     require(drawn or transport.mean is not None, f"--time_mean, --time_std: {rule}")
@@ -532,10 +535,8 @@ class Log:
             self.file = (run / "log.jsonl").open("a")
             self.write(about)
             if cfg.tensorboard:
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError as error:
-                    raise UserError(f"--tensorboard: {error}; pip install tensorboard") from error
+                from torch.utils.tensorboard import SummaryWriter
+
                 self.board = SummaryWriter(run)
         self.clear()
 

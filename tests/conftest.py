@@ -96,8 +96,7 @@ def run(tmp_path):
     return folder
 
 
-# -------------------------------------------------------------------------------------------------
-# A device without float64
+# --- A device without float64 ---------------------------------------------------------------------
 
 
 class OnDevice(torch.Tensor):

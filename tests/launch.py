@@ -12,6 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -33,16 +34,24 @@ def flags_of(runs, *flags) -> list[str]:
     return [*TINY, "--runs", str(runs), *map(str, flags)]
 
 
-def train_here(runs, *flags) -> Path:
+def no_picture(*args) -> None:
+    """In place of the grids and the curve of a run, which take longer than the updates of a test."""
+
+
+def train_here(runs, *flags, pictures=False) -> Path:
     """Train in this process; returns the folder runs/run (or of --name)."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        argv = flags_of(runs, *flags)
-        train.main(argv)
-        return Path(runs) / train.parse_config(argv)[0].name
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    argv = flags_of(runs, *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        if not pictures:
+            patch.setattr(train, "sample_grid", no_picture)
+            patch.setattr(train, "draw_curve", no_picture)
+        try:
+            train.main(argv)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return Path(runs) / train.parse_config(argv)[0].name
 
 
 def torchrun(ranks: int) -> list[str]:
@@ -108,4 +117,5 @@ if __name__ == "__main__":
             train.main(line)
         except data.UserError as error:
             refused.append(str(error))
+        train.sample_grid = train.draw_curve = no_picture  # after the first
     Path(f"{file}.{rank}").write_text(json.dumps(refused))

@@ -1,7 +1,6 @@
-"""Figures against torch-fidelity itself and against a network that is known in closed form."""
+"""Scores against torch-fidelity itself and against a network that is known in closed form."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from oracle import ideal, variance
 from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
@@ -21,7 +21,9 @@ import sample
 import train
 from data import UserError
 from model import TiM
-from transition import TRANSPORTS, interpolate
+from transition import TRANSPORTS
+
+LOGITS = "logits_unbiased"
 
 
 class Tiny(FeatureExtractorBase):
@@ -30,15 +32,17 @@ class Tiny(FeatureExtractorBase):
     def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
         super().__init__(name, features_list)
         weights = torch.load(feature_extractor_weights_path, weights_only=True)
-        self.features, self.scores = weights["features"], weights["scores"]
+        if "features" not in weights:
+            raise RuntimeError("Missing key(s) in state_dict")
+        self.features, self.logits = weights["features"], weights["logits"]
 
     @staticmethod
     def get_provided_features_list():
-        return evaluate.FEATURES, evaluate.SCORES
+        return evaluate.FEATURES, LOGITS
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric):
-        return evaluate.SCORES if metric == "isc" else evaluate.FEATURES
+        return LOGITS if metric == "isc" else evaluate.FEATURES
 
     @staticmethod
     def can_be_compiled():
@@ -47,7 +51,7 @@ class Tiny(FeatureExtractorBase):
     def forward(self, x):
         small = torch.nn.functional.adaptive_avg_pool2d(x.float() / 128 - 1, 8).flatten(1)
         features = (small @ self.features).relu()
-        found = {evaluate.FEATURES: features, evaluate.SCORES: features @ self.scores}
+        found = {evaluate.FEATURES: features, LOGITS: features @ self.logits}
         return tuple(found[k] for k in self.features_list)
 
 
@@ -59,35 +63,45 @@ if "tiny" not in torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY:
 def tiny(tmp_path, monkeypatch):
     """Weights of the stand-in, and everything written under tmp_path."""
     g = torch.Generator().manual_seed(0)
-    weights = {"features": torch.randn(192, 24, generator=g) / 14, "scores": torch.randn(24, 10, generator=g)}
+    weights = {"features": torch.randn(192, 24, generator=g) / 14, "logits": torch.randn(24, 10, generator=g)}
     torch.save(weights, tmp_path / "tiny.pth")
     monkeypatch.setattr(evaluate, "EXTRACTOR", "tiny")
-    monkeypatch.setattr(evaluate, "said", set())
     monkeypatch.chdir(tmp_path)
 
 
-def pictures(folder: Path, n: int, seed: int, side=16, mode="RGB") -> Path:
+def pictures(folder: Path, n: int, seed: int, side=16) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for i in range(n):
-        low = rng.integers(0, 256, (4, 4, len(mode) if mode != "L" else 1), np.uint8)
-        image = Image.fromarray(low[..., 0] if mode == "L" else low).resize((side, side))
-        image.save(folder / f"{i:06}.png")
+        low = rng.integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(low).resize((side, side)).save(folder / f"{i:06}.png")
+    return folder
+
+
+def checkpoint(folder: Path, **given) -> Path:
+    """A run folder with a small random network for the embedded pictures."""
+    torch.manual_seed(0)
+    network = {"channels": 1, "patch": 7, "depth": 1, "width": 16, "heads": 2, "adaln": 8, "classes": 10}
+    network["predict"] = given.get("predict", "f")
+    model = TiM(**network)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    spec = data.open_data("demo").spec.to_json()
+    config = {"model": network, "data": spec, "train": asdict(train.Config()) | given, "step": 7}
+    folder.mkdir(parents=True)
+    sample.save(folder / "ema.safetensors", model.state_dict(), config)
     return folder
 
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run folder with a small random network for the embedded pictures."""
-    torch.manual_seed(0)
-    network = dict(channels=1, patch=7, depth=1, width=16, heads=2, adaln=8, classes=10)
-    model = TiM(**network)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    config = dict(model=network, data=data.demo().spec, train=asdict(train.Config()), step=7)
-    (tmp_path / "runs" / "small").mkdir(parents=True)
-    sample.save(tmp_path / "runs" / "small" / "ema.safetensors", model.state_dict(), config)
-    return tmp_path / "runs" / "small"
+    return checkpoint(tmp_path / "runs" / "small")
+
+
+@pytest.fixture
+def real(tmp_path) -> Path:
+    """A reference in the size of the embedded pictures."""
+    return pictures(tmp_path / "real", 30, 9, side=28)
 
 
 def fid(*args):
@@ -98,94 +112,114 @@ def records(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
+# --------------------------------------------------------------------------------------------------
+# Scores
 
 
 def test_agrees_with_torch_fidelity_on_two_folders(tmp_path):
     a, b = pictures(tmp_path / "a", 30, 1), pictures(tmp_path / "b", 70, 2)
+    pictures(b / "deeper", 1, 3)
     fid("--images", a, "--reference", b)
     got = records(a / "eval.jsonl")[0]
     want = torch_fidelity.calculate_metrics(
         input1=str(a), input2=str(b), fid=True, kid=True, prc=True, isc=True, kid_subset_size=15, cuda=False,
-        feature_extractor="tiny", feature_extractor_weights_path="tiny.pth", verbose=False, cache=False,
+        feature_extractor="tiny", feature_extractor_weights_path="tiny.pth", verbose=False, cache=False, save_cpu_ram=True,
+        samples_find_deep=True,
     )  # fmt: skip
-    pairs = {
-        "FID": "frechet_inception_distance", "KID": "kernel_inception_distance_mean",
-        "KID sd": "kernel_inception_distance_std", "precision": "precision", "recall": "recall",
-        "IS": "inception_score_mean",
-    }  # fmt: skip
-    for mine, theirs in pairs.items():
+    for mine, theirs in evaluate.SCORES.items():
         assert got[mine] == pytest.approx(want[theirs], abs=1e-6), mine
-    assert got["n"] == 30 and got["reference_n"] == 70 and got["floor"]["n"] == 30
-    assert got["torch_fidelity"] == torch_fidelity.__version__
+    assert got["n"] == 30 and got["reference_n"] == 71 and got["floor"]["n"] == 30
+    assert {"commit", "torch", "time", "inception", "reference"} <= got.keys()
 
 
-def test_reads_the_published_npz_form(tmp_path, capsys):
+def test_side_crops_folders_as_torch_fidelity_does(tmp_path):
+    a, b = pictures(tmp_path / "a", 10, 1, side=20), pictures(tmp_path / "b", 10, 1, side=24)
+    for k, f in enumerate([*a.glob("*.png"), *b.glob("*.png")]):
+        Image.open(f).resize((19 + k, 39 - k)).save(f)
+    pictures(b / "deeper", 10, 2, side=28)
+    fid("--images", a, "--reference", b, "--side", 16)
+    want = torch_fidelity.calculate_metrics(
+        input1=str(a), input2=str(b), fid=True, cuda=False, feature_extractor="tiny", samples_find_deep=True,
+        feature_extractor_weights_path="tiny.pth", samples_resize_and_crop=16, verbose=False, cache=False, save_cpu_ram=True,
+    )  # fmt: skip
+    got = records(a / "eval.jsonl")[0]
+    assert got["FID"] == pytest.approx(want["frechet_inception_distance"], abs=1e-6) and got["side"] == 16
+
+
+def test_reads_the_published_npz_forms(tmp_path):
     a, b = pictures(tmp_path / "a", 20, 1), pictures(tmp_path / "b", 40, 2)
-    fid("--images", a, "--reference", b)
-    cached = next((tmp_path / "runs" / "reference").glob("*.safetensors"))
-    stats = evaluate.read_features(cached, evaluate.digest("tiny.pth")).stats
     images = np.stack([np.asarray(Image.open(f)) for f in sorted(b.glob("*.png"))])
-    np.savez(tmp_path / "stats.npz", **stats)
-    np.savez(tmp_path / "images.npz", arr_0=images)
-    np.savez(tmp_path / "both.npz", arr_0=images[:15], **stats)     # fewer than are scored, as published
-    for name in ("stats.npz", "images.npz", "both.npz", cached):
+    features = Tiny("tiny", [evaluate.FEATURES], "tiny.pth")(torch.from_numpy(images).permute(0, 3, 1, 2))[0].double()
+    statistics = {"mu": features.mean(0).numpy(), "sigma": np.cov(features.numpy(), rowvar=False)}
+    np.savez("statistics.npz", **statistics)
+    np.savez("images.npz", arr_0=images)
+    np.savez("both.npz", arr_0=images[:15], **statistics)                       # fewer than are scored, as published
+    for name in (b, "statistics.npz", "images.npz", "both.npz"):
         fid("--images", a, "--reference", name)
-    folder, by_stats, by_images, by_both, by_cache = records(a / "eval.jsonl")
-    assert by_images["FID"] == by_cache["FID"] == folder["FID"] and by_images["KID"] == folder["KID"]
-    assert by_stats["FID"] == pytest.approx(folder["FID"], abs=1e-4)            # mean in fp64 instead of fp32
-    assert by_both["FID"] == by_stats["FID"] and by_both["KID"] != folder["KID"] and by_stats["KID"] is None
+    folder, by_statistics, by_images, by_both = records(a / "eval.jsonl")
+    assert [by_images[k] for k in evaluate.SCORES] == [folder[k] for k in evaluate.SCORES]
+    assert by_statistics["FID"] == pytest.approx(folder["FID"], abs=1e-4)       # mean in fp64, not fp32
+    assert by_statistics["KID"] is None and by_statistics["floor"]["FID"] is None
+    assert by_both["FID"] == by_statistics["FID"] and by_both["KID"] not in (None, folder["KID"])
 
 
 def test_no_inception_score_without_a_classifier(tmp_path):
     weights = torch.load("tiny.pth")
-    torch.save(weights | dict(scores=torch.zeros(24, 10)), "tiny.pth")
+    torch.save(weights | {"logits": torch.zeros(24, 10)}, "tiny.pth")
     a = pictures(tmp_path / "a", 20, 1)
     fid("--images", a, "--reference", a)
     got = records(a / "eval.jsonl")[0]
     assert got["IS"] is None and got["FID"] == pytest.approx(0, abs=1e-4)
 
 
-def test_grey_and_alpha_are_converted_and_said_once(tmp_path, capsys):
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_grey_and_alpha_are_read_as_rgb(mode, tmp_path):
     rgb = pictures(tmp_path / "rgb", 20, 5)
-    for mode in ("L", "RGBA"):
-        (tmp_path / mode).mkdir()
-        for f in rgb.glob("*.png"):
-            Image.open(f).convert(mode).save(tmp_path / mode / f.name)
-    fid("--images", tmp_path / "L", "--reference", rgb)
-    assert capsys.readouterr().err.count("mode L") == 1
-    fid("--images", tmp_path / "RGBA", "--reference", rgb)
-    assert capsys.readouterr().err.count("mode RGBA") == 1
-    assert records(tmp_path / "RGBA" / "eval.jsonl")[0]["FID"] == pytest.approx(0, abs=1e-4)
+    (tmp_path / mode).mkdir()
+    for f in rgb.glob("*.png"):
+        grey = Image.open(f).convert("L")
+        grey.convert(mode).save(tmp_path / mode / f.name)
+        grey.convert("RGB").save(f)
+    fid("--images", tmp_path / mode, "--reference", rgb)
+    assert records(tmp_path / mode / "eval.jsonl")[0]["FID"] == pytest.approx(0, abs=1e-4)
 
 
-def test_side_crops_folders_of_mixed_sizes(tmp_path):
-    a, b = pictures(tmp_path / "a", 10, 1), pictures(tmp_path / "b", 10, 1, side=20)
-    pictures(b / "deeper", 10, 2, side=24)
-    fid("--images", a, "--reference", b, "--side", 16)
-    assert "16" in records(a / "eval.jsonl")[0]["preprocessing"]
-
-
-def test_reference_is_computed_once_until_it_changes(tmp_path, monkeypatch):
-    a, b, done = pictures(tmp_path / "a", 10, 1), pictures(tmp_path / "b", 20, 2), []
-    keep = evaluate.extract
-    monkeypatch.setattr(evaluate, "extract", lambda net, p, n, device: done.append(p.name) or keep(net, p, n, device))
-    for _ in range(2):
-        fid("--images", a, "--reference", b)
-    assert done == [str(b), str(a), str(a)]
+def test_features_are_kept_until_the_pictures_or_the_weights_change(tmp_path):
+    a, b = pictures(tmp_path / "a", 10, 1), pictures(tmp_path / "b", 20, 2)
+    kept = lambda: {f for f in (tmp_path / "runs/reference").rglob("b_*-features-*") if f.is_file()}
+    fid("--images", a, "--reference", b)
+    first = kept()
+    fid("--images", a, "--reference", b)
+    assert kept() == first and first
     pictures(b, 21, 3)
     fid("--images", a, "--reference", b)
-    fid("--images", a, "--reference", b, "--reference_num", 15)
-    assert done[3:] == [str(b), str(a), str(b), str(a)]
+    assert len(kept()) == 2 * len(first)
+    weights = torch.load("tiny.pth")
+    torch.save(weights | {"features": -weights["features"]}, "tiny.pth")    # another network
+    fid("--images", a, "--reference", b)
+    assert len(kept()) == 3 * len(first)
+    values = [r["FID"] for r in records(a / "eval.jsonl")]
+    assert values[0] == values[1] and len(set(values)) == 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_a_data_set_is_written_once_and_used_in_part(tmp_path):
+    for _ in range(2):
+        fid("--images", "emoji", "-n", 20, "--reference", "emoji", "--reference_num", 50)
+    folder = tmp_path / "runs/reference/emoji_1561"
+    first, second = records(tmp_path / "runs/reference/eval.jsonl")
+    assert len(list(folder.iterdir())) == 1561 and first["FID"] == second["FID"]
+    assert first["reference_n"] == 50 and first["n"] == 20
+    pixels = data.open_emoji().read([7], np.random.default_rng(0)).x
+    want = data.Decoder(data.open_emoji().spec)(pixels)[0]
+    assert (np.asarray(Image.open(folder / "000007.png")) == want).all()
+
+
+# --------------------------------------------------------------------------------------------------
 # Sampling
 
 
-def test_rows_over_steps_and_nothing_is_drawn_twice(run, capsys):
-    args = "--checkpoint", run, "--reference", "demo", "--reference_num", 100, "--num", 20, "--steps", 1, 3
+def test_rows_over_steps_and_nothing_is_drawn_twice(run, real, capsys):
+    args = "--checkpoint", run, "--reference", real, "-n", 20, "--steps", 1, 3
     args += "--guidance", 1, 2
     fid(*args, "--batch", 7)
     files = {f: f.stat().st_mtime_ns for f in (run / "eval").rglob("0*.png")}
@@ -194,31 +228,49 @@ def test_rows_over_steps_and_nothing_is_drawn_twice(run, capsys):
     fid(*args)
     again = {f: f.stat().st_mtime_ns for f in files}
     assert sum(again[f] != files[f] for f in files) == 1
-    first, second = records(run / "eval" / "eval.jsonl")[:4], records(run / "eval" / "eval.jsonl")[4:]
-    assert [r["NFE"] for r in first] == [1, 3, 2, 6] and [r["FID"] for r in first] == [r["FID"] for r in second]
-    assert {"commit", "n", "reference", "preprocessing", "seed", "guidance", "torch_fidelity"} <= first[0].keys()
+    found = records(run / "eval" / "eval.jsonl")
+    assert [r["NFE"] for r in found] == [1, 3, 2, 6] * 2
+    assert [r["FID"] for r in found[:4]] == [r["FID"] for r in found[4:]]
+    assert {"commit", "n", "reference", "weights", "seed", "guidance", "precision"} <= found[0].keys()
+    assert "real, n = 15" in capsys.readouterr().out
+
+
+def test_interval_and_strictness_are_the_checkpoints_unless_given(real, tmp_path):
+    path = checkpoint(tmp_path / "run", guidance=2.0, guidance_high=0.5, guidance_strict=True)
+    args = "--checkpoint", path, "--reference", real, "-n", 10, "--steps", 4
+    fid(*args)
+    fid(*args, "--interval", 0, 1, "--no-strict_interval", "--guidance", 3)
+    own, given = records(path / "eval" / "eval.jsonl")
+    assert (own["guidance"], own["interval"], own["strict"]) == (2.0, [0.0, 0.5], True)
+    assert (given["guidance"], given["interval"], given["strict"]) == (3.0, [0.0, 1.0], False)
+    assert own["NFE"] == 4 + 1 and given["NFE"] == 8                            # guided at t = .25 alone
+    model, transport, _ = sample.load(path)
+    options = {"interval": (0.0, 0.5), "strict": True}
+    z = sample.initial_noise((1, 28, 28), 0, [3])
+    want = sample.generate(model, transport, z, torch.tensor([3]), 4, 2.0, **options)
+    want = data.Decoder(data.open_data("demo").spec)(want)[0, ..., 0]
+    found = next((path / "eval").glob("guidance2_*/000003.png"))
+    assert np.abs(np.asarray(Image.open(found)).astype(int) - want).max() <= 1
+
+
+def test_several_checkpoints_are_lines_of_one_plot(real, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    paths = [checkpoint(tmp_path / "runs" / name, predict=name) for name in ("f", "x")]
+    args = "--reference", real, "-n", 10, "--steps", 1, 2, "--plot", "both.png"
+    fid("--checkpoint", *paths, *args)
+    assert Image.open("both.png").size[0] > 100
     out = capsys.readouterr().out
-    assert "do not compare" in out and "real, n = 20" in out
-
-
-def test_samples_are_those_of_the_sampler(run, tmp_path):
-    pictures(tmp_path / "demo", 3, 1)                                           # not the data set
-    fid("--checkpoint", run, "--reference", "demo", "--reference_num", 30, "--num", 12, "--steps", 2, "--batch", 5)
-    model, row, config = sample.load(run)
-    want = sample.images(model, row, config, list(range(12)), 0, 2, list(range(10)), guidance=1.0)
-    files = sorted((run / "eval").rglob("0*.png"))
-    got = np.stack([np.asarray(Image.open(f)) for f in files])
-    assert len(files) == 12 and np.abs(got.astype(int) - want[..., 0]).max() <= 1
+    assert "f, guidance 1" in out and "x, guidance 1" in out
 
 
 @pytest.mark.slow
-def test_two_ranks_draw_what_one_draws(run, tmp_path):
-    args = "--checkpoint {} --reference demo --reference_num 30 -n 11 --steps 2 --inception tiny.pth --device cpu"
+def test_two_ranks_draw_what_one_draws(run, real, tmp_path):
+    args = "--checkpoint {} --reference real -n 11 --steps 2 --inception tiny.pth --device cpu"
     shutil.copytree(run, tmp_path / "copy")
     fid(*args.format(run).split())
+    root = Path(evaluate.__file__).parent
     code = "import evaluate, test_evaluate; evaluate.EXTRACTOR = 'tiny'; evaluate.main()"
     script = tmp_path / "two.py"
-    root = Path(evaluate.__file__).parent
     script.write_text(f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n{code}")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), "fid"]
     done = subprocess.run(launch + args.format(tmp_path / "copy").split(), capture_output=True, text=True, timeout=200)
@@ -230,126 +282,120 @@ def test_two_ranks_draw_what_one_draws(run, tmp_path):
     assert len(records(tmp_path / "copy" / "eval" / "eval.jsonl")) == 1
 
 
-def test_curve(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [dict(row=f"guidance {g}", NFE=n, FID=50.0 / n) for g in (1, 2) for n in (1, 2, 8)]
-    evaluate.draw_curve(rows, 100, tmp_path / "fid.png")
-    assert Image.open(tmp_path / "fid.png").size[0] > 100
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
 
-
-def spoil(folder: Path) -> Path:
-    (folder / "000003.png").write_bytes((folder / "000003.png").read_bytes()[:60])
-    return folder
-
-
 BAD = {
-    "fewer in the reference": (["--images", "a", "--reference", "few"], "--num 20: the reference few has 12"),
-    "more than the folder": (["--images", "a", "--num", "21", "--reference", "b"], "--num 21: a holds 20"),
-    "few": (["--images", "a", "--num", "9", "--reference", "b"], "--num 9"),
-    "mixed sizes": (["--images", "a", "--reference", "mixed"], r"mixed sizes, picture 12 is \(20, 20\)"),
-    "other size": (["--images", "a", "--reference", "large"], r"\[16, 16\].*\[20, 20\].*--side"),
+    "fewer in the reference": (["--images", "a", "--reference", "few"], "--num 20: .* few holds 12"),
+    "more than the folder": (["--images", "a", "-n", "21", "--reference", "b"], "--num 21: a holds 20"),
+    "few": (["--images", "a", "-n", "9", "--reference", "b"], "--num 9"),
+    "mixed sizes": (["--images", "a", "--reference", "mixed"], "mixed.*--side"),
+    "other size": (["--images", "a", "--reference", "large"], r"\(16, 16\).*\(20, 20\).*--side"),
     "corrupt": (["--images", "a", "--reference", "corrupt"], "corrupt/000003.png: not a whole picture"),
     "no folder": (["--images", "a", "--reference", "nowhere"], "nowhere"),
     "no pictures": (["--images", "a", "--reference", "empty"], "empty: no pictures"),
     "reference_num": (["--images", "a", "--reference", "b", "--reference_num", "41"], "holds 40"),
     "npz without arrays": (["--images", "a", "--reference", "odd.npz"], "neither mu and sigma nor arr_0"),
     "npz of other images": (["--images", "a", "--reference", "grey.npz"], "expected uint8"),
-    "statistics of another network": (["--images", "a", "--reference", "wide.npz"], "statistics of 30 features"),
+    "statistics of others": (["--images", "a", "--reference", "wide.npz"], "statistics of another number"),
     "no npz": (["--images", "a", "--reference", "missing.npz"], "not a readable"),
-    "not cached features": (["--images", "a", "--reference", "tiny.pth.safetensors"], "not cached features"),
-    "no weights": (["--images", "a", "--reference", "b", "--inception", "gone.pth"], r"\(gone.pth\) not read"),
+    "no weights": (["--images", "a", "--reference", "b", "--inception", "gone.pth"], "--inception gone.pth"),
+    "other weights": (["--images", "a", "--reference", "b", "--inception", "other.pth"], "--inception"),
+    "code": (["--images", "a", "--reference", "b", "--inception", "code.pth"], "Weights only load failed; .* --inception"),
     "device": (["--images", "a", "--reference", "b", "--device", "abacus"], "--device abacus"),
-    "steps": (["--steps", "0", "--reference", "b"], r"--steps \[0\]"),
-    "seed": (["--seed", "-1", "--reference", "b"], "--seed -1"),
-    "interval": (["--interval", "0.5", "0.2", "--reference", "b"], "--interval"),
-    "no checkpoint": (["--checkpoint", "gone", "--reference", "b"], "--checkpoint gone"),
+    "interval": (["--interval", "0.5", "0.2", "--reference", "b", "-n", "10"], "--interval"),
+    "no checkpoint": (["--checkpoint", "gone", "--reference", "b", "-n", "10"], "--checkpoint gone"),
 }
 
 
 @pytest.mark.parametrize("args, message", BAD.values(), ids=BAD)
 def test_bad_input_is_named(args, message, tmp_path, run):
-    pictures(tmp_path / "a", 20, 1), pictures(tmp_path / "b", 40, 2), pictures(tmp_path / "few", 12, 3)
-    pictures(tmp_path / "large", 30, 4, side=20), spoil(pictures(tmp_path / "corrupt", 30, 5))
+    for name, n, side in (("a", 20, 16), ("b", 40, 16), ("few", 12, 16), ("large", 30, 20), ("corrupt", 30, 16)):
+        pictures(tmp_path / name, n, 1, side)
+    pictures(tmp_path / "mixed", 30, 6, side=20)
+    pictures(tmp_path / "mixed", 12, 6)
     (tmp_path / "empty").mkdir()
-    pictures(tmp_path / "mixed", 30, 6, side=20), pictures(tmp_path / "mixed", 12, 6)
-    np.savez("odd.npz", x=np.ones(3)), np.savez("grey.npz", arr_0=np.ones((9, 4, 4), np.uint8))
-    np.savez("wide.npz", mu=np.ones(30), sigma=np.eye(30)), Path("tiny.pth.safetensors").write_bytes(b"none")
+    spoiled = tmp_path / "corrupt/000003.png"
+    spoiled.write_bytes(spoiled.read_bytes()[:60])
+    np.savez("odd.npz", x=np.ones(3))
+    np.savez("grey.npz", arr_0=np.ones((9, 4, 4), np.uint8))
+    np.savez("wide.npz", mu=np.ones(30), sigma=np.eye(30))
+    torch.save({"a": torch.ones(2)}, "other.pth")
+    torch.save(print, "code.pth")
     with pytest.raises(UserError, match=message):
         fid(*args)
 
 
-def test_features_of_other_weights_or_of_another_number_are_refused(tmp_path):
-    a = pictures(tmp_path / "a", 20, 1)
-    fid("--images", a, "--reference", a)
-    cached = next((tmp_path / "runs" / "reference").glob("*.safetensors"))
-    fid("--images", a, "--reference", cached, "--reference_num", 20)
-    with pytest.raises(UserError, match="--reference_num 15: .* holds features of 20"):
-        fid("--images", a, "--reference", cached, "--num", 10, "--reference_num", 15)
-    weights = torch.load("tiny.pth")
-    torch.save(weights | dict(scores=torch.zeros(24, 10)), "tiny.pth")
-    with pytest.raises(UserError, match="other weights"):
-        fid("--images", a, "--reference", cached)
-
-
-@pytest.mark.parametrize("content", [dict(a=torch.ones(2)), print], ids=["another network", "code"])
-def test_weights_of_another_network_are_refused(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "EXTRACTOR", "inception-v3-compat")
-    torch.save(content, "tiny.pth")
-    with pytest.raises(UserError, match="not torch-fidelity.s weights"):
-        fid("--images", pictures(tmp_path / "a", 10, 1), "--reference", "demo")
-
-
-def test_bad_input_ends_with_status_two(tmp_path, capsys):
+@pytest.mark.parametrize("flags", [["--stepz", "3"], ["--steps", "0"], ["--seed", "-1"], ["-n", "0"],
+                                   ["--guidance", "nan"], ["--interval", "0", "2"], ["--side", "0"]])  # fmt: skip
+def test_bad_flags_end_with_status_two(flags):
     with pytest.raises(SystemExit) as stop:
-        data.command(lambda: fid("--images", pictures(tmp_path / "a", 10, 1), "--reference", "nowhere"))
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
-    with pytest.raises(SystemExit) as stop:
-        fid("--reference", "demo", "--stepz", "3")
+        fid("--reference", "demo", *flags)
     assert stop.value.code == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_bad_input_is_one_line(tmp_path, capsys):
+    pictures(tmp_path / "a", 10, 1)
+    with pytest.raises(SystemExit) as stop:
+        data.command(lambda: fid("--images", "a", "--reference", "nowhere"))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------
 # Consistency
 
 
 @pytest.mark.parametrize("name", ["otfm", "trigflow", "vp", "tim"])
 def test_the_ideal_network_is_consistent(name):
-    """For Gaussian data of deviation s the ideal network is f* = (sqrt(var(r) / var(t)) - A) / B x_t."""
-    row, s, B = TRANSPORTS[name], 0.7, 64
+    transport, s, B = TRANSPORTS[name], 0.6, 64
     u = torch.rand(3, B, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sort(0).values
-    r, m, t = row.t_min + (0.05 + 0.8 * u) * (row.t_max - row.t_min)
+    r, m, t = transport.t_min + (0.05 + 0.8 * u) * (transport.t_max - transport.t_min)
+    net = ideal(transport)
 
-    def ideal(x_t, t, r):
-        var = lambda t: row.alpha(t) ** 2 * s**2 + row.sigma(t) ** 2
-        r = torch.where(t == r, t * (1 - 1e-7), r)                              # the limit at r = t
-        a, b = evaluate.transition.step_coefficients(row, t, r)
-        return evaluate.transition.expand(((var(r) / var(t)).sqrt() - a) / b, x_t) * x_t
+    def f(x_t, t, r, y):
+        return net(x_t, t, torch.where(t == r, t * (1 - 1e-7), r), y)           # the limit at r = t
 
-    seen = float(row.c_noise(torch.ones(1)))
-    model = lambda x_t, t, r, y: ideal(x_t, t / seen, r / seen)                 # c_noise is linear in these rows
+    def broken(x_t, t, r, y):
+        return f(x_t, t, t * 0.5 + r * 0.5, y)
+
     x, eps = s * torch.randn(B, 1, 4, 4, dtype=torch.float64), torch.randn(B, 1, 4, 4, dtype=torch.float64)
+    assert variance(transport, t).min() > 0
     with torch.no_grad():
-        got = evaluate.identity(model, row, x, eps, t, m, r, None)
-    assert got["jump"].max() < 1e-6 and got["own"].max() < 1e-4
-    assert (interpolate(row, x, eps, t) - x).norm() > 0 and got["target"].mean() > 1e-3
-    broken = lambda x_t, t, r, y: model(x_t, t, t * 0.5 + r * 0.5, y)
-    with torch.no_grad():
-        assert evaluate.identity(broken, row, x, eps, t, m, r, None)["jump"].median() > 1e-3
+        got = evaluate.jump_errors(f, transport, x, eps, t, m, r, None)
+        wrong = evaluate.jump_errors(broken, transport, x, eps, t, m, r, None)
+    assert got["jump"].max() < 1e-6 and got["own"].max() < 1e-4 and got["target"].mean() > 1e-3
+    assert wrong["jump"].median() > 1e-3
 
 
-def test_consistency_command(run, capsys):
-    evaluate.main(["consistency", "--checkpoint", str(run), "--num", "6", "--batch", "4", "--device", "cpu"])
-    (record,) = records(run / "eval" / "consistency.jsonl")
-    assert len(record["table"]) == len(evaluate.LENGTHS) - 1 and record["update"] == 7
+@pytest.mark.parametrize("predict", ["f", "x"])
+def test_consistency_of_a_run(predict, tmp_path, capsys):
+    path = checkpoint(tmp_path / "run", predict=predict)
+    evaluate.main(["consistency", "--checkpoint", str(path), "-n", "6", "--batch", "4", "--device", "cpu"])
+    (record,) = records(path / "eval" / "consistency.jsonl")
+    assert len(record["table"]) == len(evaluate.LENGTHS) - 1 and record["step"] == 7
     assert all(np.isfinite(v) for row in record["table"] for v in list(row.values())[1:])
+    fp64 = [row["fp64"] for row in record["derivative"]]
+    assert fp64[0] < 1e-3 and fp64 == sorted(fp64)
     assert "0.75 to 1" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_consistency_of_a_lone_file_of_captions(tmp_path):
+    network = {"channels": 3, "patch": 8, "depth": 1, "width": 16, "heads": 2, "adaln": 8, "caption": 128}
+    spec = data.open_data("emoji").spec.to_json() | {"text": data.BYTES}
+    config = {"model": network, "data": spec, "train": asdict(train.Config(data="emoji")), "step": 1}
+    model = TiM(**network)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    sample.save(tmp_path / "emoji.safetensors", model.state_dict(), config)
+    evaluate.main(["consistency", "--checkpoint", "emoji.safetensors", "-n", "3", "--device", "cpu"])
+    (record,) = records(tmp_path / "runs/eval/consistency.jsonl")
+    assert record["table"][-1]["jump"] > 0
+    with pytest.raises(UserError, match="was trained on text"):
+        fid("--checkpoint", "emoji.safetensors", "--reference", "emoji", "--reference_num", 20, "-n", 10)
+
+
+# --------------------------------------------------------------------------------------------------
 # CLIP
 
 
@@ -376,34 +422,16 @@ def test_clip_of_a_small_model(tmp_path):
     side = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     transformers.CLIPProcessor(transformers.CLIPImageProcessor(**side), tokenizer).save_pretrained(tmp_path / "clip")
     folder = pictures(tmp_path / "a", 5, 1)
-    lines = [dict(file=f"{i:06}.png", caption=c) for i, c in enumerate(("red", "a cat", "hat", "blue", "no"))]
+    captions = ["red", ["a cat", "two"], ["hat"], "blue", "no"]
+    lines = [{"image_file": f"{i:06}.png", "captions": c} for i, c in enumerate(captions)]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     command = ["clip", "--images", str(folder), "--model", str(tmp_path / "clip"), "--device", "cpu", "--batch"]
     evaluate.main(command + ["2"])
     evaluate.main(command + ["5"])
     two, five = records(folder / "eval.jsonl")
     assert two["n"] == 5 and 0 <= two["CLIP"] <= 100 and two["CLIP"] == pytest.approx(five["CLIP"], abs=1e-3)
+    with pytest.raises(UserError, match="--num 6: .* has 5 captions"):
+        evaluate.main(command + ["2", "-n", "6"])
     (folder / "captions.jsonl").write_text("{}")
     with pytest.raises(UserError, match="captions.jsonl"):
         evaluate.main(command + ["2"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The genuine network
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("TIM_INCEPTION" not in os.environ, reason="TIM_INCEPTION does not name torch-fidelity's weights")
-def test_the_genuine_network_on_two_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "EXTRACTOR", "inception-v3-compat")
-    pixels = data.demo().pixels
-    for name, start in (("a", 0), ("b", 50)):
-        (tmp_path / name).mkdir()
-        for i in range(12):
-            Image.fromarray(pixels[start + i, 0]).save(tmp_path / name / f"{i:06}.png")
-    fid("--images", "a", "--reference", "b", "--inception", os.environ["TIM_INCEPTION"])
-    want = torch_fidelity.calculate_metrics(
-        input1="a", input2="b", fid=True, cuda=False, cache=False, verbose=False,
-        feature_extractor_weights_path=os.environ["TIM_INCEPTION"],
-    )  # fmt: skip
-    assert records("a/eval.jsonl")[0]["FID"] == pytest.approx(want["frechet_inception_distance"], rel=1e-6)

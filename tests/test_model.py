@@ -21,8 +21,7 @@ def batch(n=6, channels=3, h=8, w=8, classes=5):
     return torch.randn(n, channels, h, w, generator=rng), t, r, torch.arange(n) % (classes + 1)
 
 
-# -------------------------------------------------------------------------------------------------
-# The released code's own numbers
+# --- The released code's own numbers --------------------------------------------------------------
 
 
 def test_forward_and_projected_tokens_of_the_released_code(golden, golden_model, near):
@@ -74,8 +73,7 @@ def test_sizes_as_released():
     }  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------
-# Positions
+# --- Positions ------------------------------------------------------------------------------------
 
 
 GRIDS = [(2, 3), (3, 2), (4, 4), (24, 40)]
@@ -145,8 +143,7 @@ def test_patches_keep_their_place_on_any_grid():
     assert changed[2:4, 2:4].any() and changed.sum() == changed[2:4, 2:4].sum()
 
 
-# -------------------------------------------------------------------------------------------------
-# Precision
+# --- Precision ------------------------------------------------------------------------------------
 
 
 def test_bf16_attention_and_mlp_stay_near_fp32():
@@ -206,8 +203,7 @@ def test_double_weights_give_double_outputs():
     torch.testing.assert_close(f.float(), lively()(x, t, r, y), rtol=1e-4, atol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------
-# The derivative through the network
+# --- The derivative through the network -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS.values(), ids=TRANSPORTS)
@@ -274,8 +270,7 @@ def test_rounding_does_not_drown_the_difference():
         assert ((found - exact).norm() / exact.norm()) < bound
 
 
-# -------------------------------------------------------------------------------------------------
-# The paper's f of a network
+# --- The paper's f of a network -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("predict", ["f", "x"])
@@ -309,8 +304,7 @@ def test_no_condition_is_the_last_row_of_classes_or_the_null_text():
     torch.testing.assert_close(f(x, t, r, y), model(x, t, r, seen), rtol=1e-5, atol=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------
-# Conditions, switches, errors
+# --- Conditions, switches, errors -----------------------------------------------------------------
 
 
 def test_a_fresh_network_gives_zero_and_starts_as_the_released_one():

@@ -32,8 +32,7 @@ def released(tmp_path, golden_weights):
     return tmp_path / "released.safetensors"
 
 
-# -------------------------------------------------------------------------------------------------
-# Recognised by their tensors
+# --- Recognised by their tensors ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("projector", [True, False])
@@ -98,8 +97,7 @@ def test_bf16_with_fp32_times_stays_near_fp32_over_250_steps(released, golden):
     assert (low - full).norm() / full.norm() < 1e-2
 
 
-# -------------------------------------------------------------------------------------------------
-# Loaded in fp32, whatever the file holds
+# --- Loaded in fp32, whatever the file holds ------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
@@ -170,8 +168,7 @@ def test_xl_loads_in_place_and_takes_a_step(tmp_path, released):
     assert seconds < 15 and grown < 1.1 * file.stat().st_size and 0 < deviation < 100
 
 
-# -------------------------------------------------------------------------------------------------
-# By hub name
+# --- By hub name ----------------------------------------------------------------------------------
 
 
 def hub(monkeypatch, download):
@@ -222,8 +219,7 @@ def test_a_hub_name_without_package_or_network_says_what_to_do(refused, monkeypa
     assert "there is no" in message  # no name of a file of weights: not looked for on the hub
 
 
-# -------------------------------------------------------------------------------------------------
-# Exported and trained on
+# --- Exported and trained on ----------------------------------------------------------------------
 
 
 def test_export_and_back_is_bit_equal(released, tmp_path, golden_weights, refused):
@@ -262,8 +258,7 @@ def test_training_starts_from_released_weights(released, golden_weights):
         train.start_from(TiM(**NETWORK | dict(depth=1), classes=10), cfg)
 
 
-# -------------------------------------------------------------------------------------------------
-# What is no checkpoint
+# --- What is no checkpoint ------------------------------------------------------------------------
 
 
 class Code:

@@ -119,7 +119,7 @@ def test_gemma_from_pictures_to_pictures(folder, gemma, tmp_path, capsys, refuse
     assert "7 broken lines are skipped" in capsys.readouterr().err
     latents = ["--data", tmp_path / "set", "--channels", 4, "--side", 8, "--classes", 0]
     latents += ["--text_encoder", gemma, "--steps", 5]
-    path = train_here(tmp_path, *latents)
+    path = train_here(tmp_path, *latents, pictures=True)
     config = json.loads(next(path.glob("checkpoints/*/config.json")).read_text())
     text = config["data"]["text"]
     assert len(text.pop("captions")) == 16

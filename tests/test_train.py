@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import (
-    ENV, ROOT, TINY, assert_same, command, flags_of, in_turn, log, losses, shell, succeed,
+    ENV, ROOT, TINY, assert_same, command, flags_of, in_turn, log, losses, no_picture, shell, succeed,
     train_here, weights,
 )  # fmt: skip
 from PIL import Image
@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
-import evaluate
 import sample
 import train
 import transition
@@ -226,7 +225,7 @@ SHARDED = {
     "captions dde": [*BOTH, "--classes", 0, "--transport", "otfm"],
     "captions jvp": [*BOTH, "--classes", 0, "--derivative", "jvp", "--transport", "trigflow"],
 }
-HALF = {f"{name}, bf16": [*flags, "--precision", "bf16"] for name, flags in SHARDED.items()}
+HALF = {name: [*SHARDED[name], "--precision", "bf16"] for name in ("jvp", "captions dde")}
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +236,8 @@ def two_ranks(reference, tmp_path_factory):
     train_here(runs, *first, "--steps", 7)
     succeed(runs, *first, "--steps", 14)
     lines = [flags_of(runs, *GUIDED, "--name", "moved", "--accumulate", 2)]
-    lines += [flags_of(runs, *flags, "--name", name) for name, flags in (SHARDED | HALF).items()]
+    lines += [flags_of(runs, *flags, "--name", name) for name, flags in SHARDED.items()]
+    lines += [flags_of(runs, *flags, "--name", f"{name}, bf16") for name, flags in HALF.items()]
     lines += [flags_of(runs, "--batch", 7, "--name", "odd")]
     (runs / "file").write_text("")
     lines += [flags_of(runs / "file", "--steps", 2)]
@@ -257,7 +257,9 @@ def test_both_switches_train_sharded_as_alone(two_ranks, tmp_path, name):
     alone = train_here(tmp_path, *SHARDED[name], "--accumulate", 2)
     sharded, half = two_ranks[0] / name, two_ranks[0] / f"{name}, bf16"
     assert losses(sharded) == pytest.approx(losses(alone), rel=2e-5)
-    assert losses(half) == pytest.approx(losses(alone), rel=0.02) and losses(half) != losses(alone)
+    if name in HALF:
+        assert losses(half) == pytest.approx(losses(alone), rel=0.02)
+        assert losses(half) != losses(alone)
     assert_same(weights(alone), weights(sharded), atol=2e-5, rtol=1e-4)
     model, _, config = sample.load(sharded)
     assert model.predict == config["model"]["predict"] == config["train"]["predict"] == "x"
@@ -338,7 +340,7 @@ def test_compiled_blocks_walk_like_eager_ones(tmp_path):
 
 
 def test_a_process_alone_uses_no_collective(tmp_path, monkeypatch):
-    """Training, resume, sampling, a grid and the consistency of a run: no group, no collective."""
+    """Training, resume, a grid and many pictures: no group, no collective."""
 
     def refuse(*args, **more):
         raise AssertionError("a collective in a process alone")
@@ -347,13 +349,12 @@ def test_a_process_alone_uses_no_collective(tmp_path, monkeypatch):
     for name in (*names, "init_process_group", "new_group", "reduce", "gather", "scatter"):
         monkeypatch.setattr(dist, name, refuse)
     train_here(tmp_path, "--steps", 2, "--predict", "x")
-    run = train_here(tmp_path, "--steps", 4, "--predict", "x", "--sample_every", 3)
+    flags = ["--steps", 4, "--predict", "x", "--sample_every", 3]
+    run = train_here(tmp_path, *flags, pictures=True)
     checkpoint = ["--checkpoint", str(run), "--device", "cpu"]
     sample.main([*checkpoint, "--steps", "2", "--out", str(tmp_path / "grid.png")])
     sample.main([*checkpoint, "--steps", "2", "-n", "3", "--out", str(tmp_path / "many")])
     assert len(list((tmp_path / "many").glob("*.png"))) == 3
-    if hasattr(evaluate, "consistency"):
-        evaluate.main(["consistency", *checkpoint, "-n", "8"])
 
 
 def test_the_demo_makes_no_float64_on_the_device(tmp_path, no_float64):
@@ -471,7 +472,7 @@ def test_loss_falls_and_the_grid_has_its_rows(tmp_path):
     """Flow matching on the demo's pictures, for a minute's part: 5 rows of 10 labelled columns."""
     flags = "--data demo --channels 1 --side 28 --classes 10 --patch 7 --steps 60 --batch 16 --lr 2e-3"
     flags += " --guide_gt 1 --share_diffusion 1 --share_consistency 0"
-    run = train_here(tmp_path, *flags.split())
+    run = train_here(tmp_path, *flags.split(), pictures=True)
     values = list(losses(run).values())
     assert sum(values[-10:]) < 0.6 * sum(values[:10])
     with Image.open(run / "samples/step_00000060.png") as picture:
@@ -480,7 +481,8 @@ def test_loss_falls_and_the_grid_has_its_rows(tmp_path):
 
 def test_a_run_leaves_what_the_readme_says(tmp_path):
     """log.jsonl: a line of the configuration, then lines with these keys; curve.png; the exported weights."""
-    run = train_here(tmp_path, "--steps", 6, "--log_every", 2, "--sample_every", 3)
+    flags = ["--steps", 6, "--log_every", 2, "--sample_every", 3]
+    run = train_here(tmp_path, *flags, pictures=True)
     first, *lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert first["config"]["steps"] == 6 and {"begin", "torch", "world_size"} <= first.keys()
     always = {"step", "loss", "grad_norm", "images_per_s", "waiting", "lr"}
@@ -604,7 +606,7 @@ def test_the_cifar10_preset_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "CIFAR10", StandIn)
     flags = "--config cifar10 --size demo --batch 2 --steps 20 --no-compile --log_every 5 --device cpu"
-    monkeypatch.setattr(train, "sample_grid", lambda run, step: None)           # tested elsewhere
+    monkeypatch.setattr(train, "sample_grid", no_picture)
     train.main([*flags.split(), "--runs", str(tmp_path)])
     assert len(log(tmp_path / "cifar10")) == 4
     cfg = train.PRESETS["cifar10"]
@@ -629,7 +631,6 @@ REFUSED = [
     ("--h -1", "argument --h"),
     ("--drop 1.5", "argument --drop: '1.5' must be a number from 0 to 1"),
     ("--transport edm --tau tan", "tau 'tan' is valid for t <= 1.571, not for 'edm'"),
-    ("--transport vp --shift 4 --kernel constant", "on 'vp': a time shift is positive, on a transport over"),
     ("--transport vp --time_mean 1", "--time_mean, --time_std: the times of 'vp' are uniform or log-uniform"),
     ("--transport ve --time_std 1 --kernel constant", "the times of 've' are uniform or log-uniform"),
     ("--share_diffusion .7 --share_consistency .4", "is 1.1: at most 1"),
@@ -679,14 +680,16 @@ def test_no_flag_takes_what_is_not_finite(value, refused):
         assert f"--{name}" in said and "finite" in said or "from 0 to 1" in said, (name, said)
 
 
-def test_a_preset_gives_way_to_a_transport_without_mean_and_deviation(tmp_path):
+def test_a_preset_gives_way_to_a_transport_without_mean_and_deviation():
     for transport in ("vp", "ve"):
         argv = ["--transport", transport, "--kernel", "constant"]
         assert train.parse_config(argv)[0].time_mean is None
+        with pytest.raises(data.UserError, match="a time shift is positive, on a transport over"):
+            train.parse_config([*argv, "--shift", "4"])
 
 
 def test_missing_tensorboard_leaves_nothing(tmp_path, refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     said = refused(train.main, *flags_of(tmp_path, "--tensorboard", "--steps", 1))
     assert "pip install tensorboard" in said
     assert not (tmp_path / "run").exists()

@@ -114,8 +114,7 @@ def forward_slope(g, t):
     return torch.zeros_like(t) if tangent is None else tangent
 
 
-# -------------------------------------------------------------------------------------------------
-# The table
+# --- The table ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transport, name", list(zip(ALL, NAMES)), ids=NAMES)
@@ -210,8 +209,7 @@ def test_times_of_two_shapes_are_refused():
         step_coefficients(TRANSPORTS["tim"], torch.ones(2), torch.tensor(0.5))
 
 
-# -------------------------------------------------------------------------------------------------
-# The closed-form oracle
+# --- The closed-form oracle -----------------------------------------------------------------------
 
 
 @each_transport
@@ -315,8 +313,7 @@ def test_fp32_is_enough_for_the_formulas(transport):
         assert ((found - true).abs() / (1 + true.abs())).max() < 1e-5
 
 
-# -------------------------------------------------------------------------------------------------
-# A network that predicts x, and the derivative along the network's own path
+# --- A network that predicts x, and the derivative along the network's own path -------------------
 
 
 @each_transport
@@ -375,8 +372,7 @@ def test_the_own_path_has_the_same_expectation_and_less_variance_where_data_spre
     assert (own_variance < 0.6 * data_variance) == (transport.name not in ("vp", "ve"))
 
 
-# -------------------------------------------------------------------------------------------------
-# What is printed wrong elsewhere
+# --- What is printed wrong elsewhere --------------------------------------------------------------
 
 
 def test_erratum_tim_slope_lacks_pi():
@@ -461,8 +457,7 @@ def test_erratum_jvp_is_forward_mode():
     assert saw == [False] and not found.requires_grad
 
 
-# -------------------------------------------------------------------------------------------------
-# The time derivative
+# --- The time derivative --------------------------------------------------------------------------
 
 
 def bent(x_t, t, r, y):
@@ -554,8 +549,7 @@ def test_finite_difference_divides_by_the_rounded_distance():
     assert (found == 1).all()
 
 
-# -------------------------------------------------------------------------------------------------
-# Guidance in the target
+# --- Guidance in the target -----------------------------------------------------------------------
 
 S_NULL, WEIGHTS = 1.0, [(1.0, 0.75), (1.5, 0.0)]  # guidance 4 and 1.5
 
@@ -622,8 +616,7 @@ def test_guided_target_has_the_guided_flow_as_fixed_point(transport, w_gt, w_con
     assert (theirs - f_star).abs().max() > 0.05 * scale
 
 
-# -------------------------------------------------------------------------------------------------
-# Weights, losses, times
+# --- Weights, losses, times -----------------------------------------------------------------------
 
 
 def test_time_weight_is_the_kernel_of_the_distance():
@@ -843,8 +836,7 @@ def test_shifted_times_have_shifted_odds():
             shift_times(TRANSPORTS[name], t, 2.0)
 
 
-# -------------------------------------------------------------------------------------------------
-# The released code's own numbers
+# --- The released code's own numbers --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["otfm", "trigflow", "vp", "ve"])
