@@ -1,9 +1,8 @@
 """Pictures to latents to batches, and network space back to pictures.
 
-    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out latents
-                                                        # run again = resume
-    python data.py encode --native --size 256 512 --images pictures --out latents  # in buckets
-    python data.py inspect latents                      # statistics, checksums, a contact sheet
+    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out latents  # again = resume
+    python data.py encode --native --size 256 512 --images pictures --out latents     # in buckets
+    python data.py inspect latents                          # statistics, checksums, a contact sheet
 
 A data set has a `spec`, which a checkpoint stores, and `read(indices, rng)`, which gives a `Batch`
 in network space (mean 0, deviation about 1). `batches` makes an endless stream of them, a function
@@ -19,14 +18,13 @@ import math
 import os
 import re
 import signal
-import socket
 import sys
 import tarfile
 import textwrap
 import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import count, zip_longest
 from pathlib import Path, PurePosixPath
@@ -61,8 +59,7 @@ QUANTILES = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5)
 NORMAL = QUANTILES.float().numpy()  # indexed by 16 random bits it gives a normal number
 
 
-# --------------------------------------------------------------------------------------------------
-# Errors, arguments, processes, files
+# --- Errors, arguments, processes, files ----------------------------------------------------------
 
 
 class UserError(Exception):
@@ -75,10 +72,11 @@ def require(condition, message: str) -> None:
 
 
 def command(main) -> None:
-    """Run a command. A UserError is one line on stderr and exit status 2, Ctrl-C is status 130."""
+    """Run a command. A UserError, or a file that cannot be read or written, is one line on stderr
+    and exit status 2; Ctrl-C is status 130."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -87,25 +85,37 @@ def command(main) -> None:
 
 
 def number(kind, low, high, rule: str):
-    """An argparse type: a finite int or float with low <= value <= high."""
+    """An argparse type: an int or float with low <= value <= high."""
 
     def parse(text):
         try:
             value = kind(text)
-            if low <= value <= high and math.isfinite(value):
-                return value
-        except (ValueError, OverflowError):
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} must be {rule}")
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:                    # nan is in no range
+            raise argparse.ArgumentTypeError(f"{text!r} must be {rule}")
+        return value
 
     return parse
 
 
-positive_int = number(int, 1, math.inf, "a whole number, at least 1")
-natural = number(int, 0, math.inf, "a whole number, at least 0")
-positive_float = number(float, math.ulp(0), math.inf, "a finite number above 0")
-non_negative_float = number(float, 0, math.inf, "a finite number, at least 0")
+LARGEST = sys.float_info.max
+positive_int = number(int, 1, LARGEST, "a whole number, at least 1")
+natural = number(int, 0, LARGEST, "a whole number, at least 0")
+positive_float = number(float, math.ulp(0), LARGEST, "a finite number above 0")
+non_negative_float = number(float, 0, LARGEST, "a finite number, at least 0")
 share = number(float, 0, 1, "a number from 0 to 1")
+
+
+def flag(default, text: str, how=None):
+    """A field of a record of flags: its default, its help and keywords of add_argument."""
+    return field(default=default, metadata={"help": text} | (how or {}))
+
+
+def add_flags(parser, record) -> None:
+    for f in fields(record):
+        names = ["-n", "--num"] if f.name == "num" else [f"--{f.name}"]
+        parser.add_argument(*names, default=f.default, **f.metadata)
 
 
 def rng(*key: int, device="cpu") -> torch.Generator:
@@ -121,17 +131,17 @@ def ranks() -> tuple[int, int]:
 
 def open_device(name: str = "auto") -> torch.device:
     """auto: cuda if available, else cpu. With cuda, a process takes the GPU of its LOCAL_RANK."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
+        name = "cuda" if cuda else "cpu"
+        if mps and not cuda:
             warn("note: auto takes the CPU, --device mps is there but was never measured")
     kind, _, index = name.partition(":")
-    apple, gpus = torch.backends.mps.is_available(), torch.cuda.device_count()
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": apple}
-    require(available.get(kind), f"--device {name}: not available; use --device cpu")
+    available = kind == "cpu" or (kind == "cuda" and cuda) or (kind == "mps" and mps)
+    require(available, f"--device {name}: not available; use --device cpu")
     if kind != "cuda":
         return torch.device(kind)
-    index = int(index or os.environ.get("LOCAL_RANK", 0))
+    index, gpus = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     require(index < gpus, f"--device {name}: there are {gpus} GPUs, not {index + 1}; use --device cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -166,9 +176,8 @@ def in_threads(function, jobs, threads: int, ahead: int = 0):
 
 
 def aside(path) -> Path:
-    """A name beside `path` that no other process on any node uses. It is written, then renamed."""
-    name = f"{Path(path).name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
-    return Path(path).with_name(name)
+    """A name beside `path` that nothing else uses. It is written, then renamed to `path`."""
+    return Path(path).with_name(f"{Path(path).name}.{uuid.uuid4().hex}.tmp")
 
 
 def write_text(path, text: str) -> None:
@@ -180,12 +189,12 @@ def write_text(path, text: str) -> None:
 def read_json(path) -> dict:
     try:
         return json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore or delete it") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); restore or delete it") from error
 
 
 def claim(file, record: dict) -> None:
-    """Write what a folder holds, or raise UserError if that differs from what is there."""
+    """Write what a folder holds. raises UserError if that differs from what is there."""
     file, temporary = Path(file), aside(file)
     temporary.write_bytes(json.dumps(record, indent=1).encode())
     try:
@@ -209,8 +218,7 @@ def digest_file(path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures and captions on disk
+# --- Pictures and captions on disk ----------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -232,29 +240,28 @@ class Entry(NamedTuple):
             raise UserError(f"{self.file}: cannot be read ({error}); check the disk") from error
 
 
-def list_tar(file, folder: str) -> list[Entry]:
-    """The files in a tar; nothing is unpacked."""
-    try:
-        with tarfile.open(file, mode="r:") as tar:
-            members = [(m, m.name.removeprefix("./")) for m in tar if m.isfile()]
-    except (tarfile.TarError, OSError) as error:
-        rule = f"not a complete, uncompressed tar ({error})"
-        raise UserError(f"{file}: {rule}; download it again or unpack it") from error
-    return [Entry(folder + name, str(file), m.offset_data, m.size, name) for m, name in members]
-
-
 def list_files(root) -> list[Entry]:
-    """Every file in a tar, or under a folder and in its tars, sorted by name, but no hidden ones."""
-    found = list_tar(root, "") if Path(root).is_file() else []
-    for folder, _, names in os.walk(root, followlinks=True):
-        for path in (Path(folder, name) for name in names):
-            name = path.relative_to(root).as_posix()
-            if name.endswith(".tar"):
-                found += list_tar(path, name[:-4] + "/")
-            else:
-                found.append(Entry(name, str(path)))
-    unique = {entry.name: entry for entry in found}
-    return [unique[name] for name in sorted(unique) if not PurePosixPath(name).name.startswith(".")]
+    """The files of a tar, or of a folder and its tars, by name, but no hidden ones. Nothing is
+    unpacked."""
+    root, found, paths = Path(root), {}, [Path(root)]
+    if root.is_dir():
+        folders = os.walk(root, followlinks=True)
+        paths = [Path(folder, name) for folder, _, names in folders for name in names]
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        if path != root and path.suffix != ".tar":
+            found[name] = Entry(name, str(path))
+            continue
+        folder = "" if path == root else name[:-4] + "/"
+        try:
+            with tarfile.open(path, mode="r:") as tar:
+                members = [(m, m.name.removeprefix("./")) for m in tar if m.isfile()]
+        except tarfile.TarError as error:
+            rule = f"not a complete, uncompressed tar ({error})"
+            raise UserError(f"{path}: {rule}; download it again or unpack it") from error
+        for m, inside in members:
+            found[folder + inside] = Entry(folder + inside, str(path), m.offset_data, m.size, inside)
+    return [found[name] for name in sorted(found) if not PurePosixPath(name).name.startswith(".")]
 
 
 def open_picture(file, upright: bool = False) -> Image.Image:
@@ -339,7 +346,7 @@ def read_captions(raw: bytes, file: str) -> dict[str, list[str]]:
                 name, texts = parse_caption(line)
                 found[name] = texts
         except (ValueError, KeyError, TypeError) as error:
-            faults.append(f"  line {number}: {type(error).__name__}: {error}")
+            faults.append(f"  line {number}: {reason(error)}")
     example = '{"image_file": "a.png", "captions": ["a text", ...]}'
     why = faults[0].strip() if faults else "it is empty"
     require(found, f"{file}: no line has the form {example}; {why}")
@@ -359,27 +366,22 @@ def read_sidecar(entry: Entry) -> str:
 
 def find_captions(files: list[Entry], pictures: list[Entry]) -> dict[str, list[str]]:
     """{picture: captions}, of the first source that exists: captions.jsonl, metadata.jsonl (names are
-    relative to their folder), files beside the picture, where NAME.txt goes before NAME.json."""
+    relative to its folder), texts beside the pictures, NAME.txt or else NAME.json."""
     for title in ("captions.jsonl", "metadata.jsonl"):
         found = {}
         for table in (f for f in files if PurePosixPath(f.name).name == title):
-            lines = read_captions(table.read(), f"{table.file}")
-            found |= {table.name.removesuffix(title) + name: texts for name, texts in lines.items()}
-        absent = sorted(found.keys() - {p.name for p in pictures})
-        if found and len(absent) == len(found):
-            raise UserError(f"{title} names none of the pictures, but {', '.join(absent[:3])}")
-        if absent:
-            warn(f"{title}: {len(absent)} lines name no picture: {', '.join(absent[:20])}")
+            folder = table.name.removesuffix(title)
+            for name, texts in read_captions(table.read(), table.file).items():
+                found[folder + name] = texts
         if found:
+            some = any(p.name in found for p in pictures)
+            require(some, f"{title} names none of the pictures, but {list(found)[:3]}")
             return found
-    names, found = {os.path.splitext(p.name)[0]: p.name for p in pictures}, {}
-    for ending in (".json", ".txt"):
-        beside = [f for f in files if f.name.endswith(ending)]
-        beside = [f for f in beside if f.name.removesuffix(ending) in names]
-        for file, text in zip(beside, in_threads(read_sidecar, zip(beside), 16)):
-            if text:
-                found[names[file.name.removesuffix(ending)]] = [text]
-    return found
+    names = {os.path.splitext(p.name)[0]: p.name for p in pictures}
+    beside = [(*os.path.splitext(f.name), f) for f in files]
+    beside = [(names[stem], f) for stem, end, f in beside if stem in names and end in (".json", ".txt")]
+    texts = in_threads(read_sidecar, ((f,) for _, f in beside), 16)
+    return {name: [text] for (name, _), text in zip(beside, texts) if text}  # .txt is the later one
 
 
 class Found(NamedTuple):
@@ -400,8 +402,8 @@ def find_pictures(root) -> Found:
     if not texts:
         return Found(pictures, *label_pictures(root, pictures), [])
     kept = [p for p in pictures if p.name in texts]
-    if len(kept) < len(pictures):
-        without = len(pictures) - len(kept)
+    without = len(pictures) - len(kept)
+    if without:
         warn(f"{root}: {without} of {len(pictures)} pictures have no text and are left out")
     return Found(kept, [], np.arange(len(kept)), [texts[p.name] for p in kept])
 
@@ -431,8 +433,7 @@ class Captions:
         return first + rng.integers(self.ends[pictures] - first)
 
 
-# --------------------------------------------------------------------------------------------------
-# Data sets
+# --- Data sets ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -512,10 +513,11 @@ class DataSet:
         if self.captions is not None:
             return f"{len(self):,} pictures with {self.captions.null:,} captions"
         classes = self.spec.classes
-        counts = np.bincount(self.labels, minlength=len(classes))
-        shown = ", ".join(f"{name} {n:,}" for name, n in list(zip(classes, counts))[:10])
-        more = ", ..." if len(classes) > 10 else ""
-        return f"{len(self):,} pictures of {len(classes)} classes: {shown}{more}"
+        counts = zip(classes[:10], np.bincount(self.labels, minlength=len(classes)))
+        shown = [f"{name} {n:,}" for name, n in counts]
+        if len(classes) > 10:
+            shown.append("...")
+        return f"{len(self):,} pictures of {len(classes)} classes: {', '.join(shown)}"
 
     def fingerprint(self) -> str:
         """16 hex digits of what the set holds, wherever it lies."""
@@ -534,30 +536,26 @@ class PictureFiles:
         self.entries, self.side = entries, side
         self.cache, self.broken = {}, set()             # threads share them
 
-    def crop(self, index: int) -> np.ndarray | None:
-        """uint8 (3, side, side), or None if it cannot be decoded."""
-        if index in self.cache or index in self.broken:
-            return self.cache.get(index)
-        entry = self.entries[index]
-        try:
-            picture = crop(open_picture(io.BytesIO(entry.read())), self.side)
-        except ValueError as error:
-            if index not in self.broken:
-                self.broken.add(index)
-                print(f"{entry.file}: {entry.name} is skipped: {error}", file=sys.stderr)
-            return None
-        if (len(self.cache) + 1) * picture.nbytes <= CACHE:
-            self.cache[index] = picture
-        return picture
-
     def find(self, index: int) -> tuple[np.ndarray, int]:
-        """The picture that was asked for or the next that can be decoded, and its index."""
-        for k in range(index, index + len(self.entries)):
-            picture = self.crop(k % len(self.entries))
-            if picture is not None:
-                return picture, k % len(self.entries)
-        first, n = self.entries[0].file, len(self.entries)
-        raise UserError(f"{first}: none of {n} pictures can be opened; give other files")
+        """uint8 (3, side, side) of this picture or the next that can be decoded, and its index."""
+        n = len(self.entries)
+        for k in (i % n for i in range(index, index + n)):
+            if k in self.cache:
+                return self.cache[k], k
+            if k in self.broken:
+                continue
+            try:
+                picture = crop(open_picture(io.BytesIO(self.entries[k].read())), self.side)
+            except ValueError as error:
+                if k not in self.broken:                # nor has another thread said so
+                    self.broken.add(k)
+                    entry = self.entries[k]
+                    print(f"{entry.file}: {entry.name} is skipped: {error}", file=sys.stderr)
+                continue
+            if (len(self.cache) + 1) * picture.nbytes <= CACHE:
+                self.cache[k] = picture
+            return picture, k
+        raise UserError(f"{self.entries[0].file}: none of {n} pictures can be opened; give other files")
 
     def take(self, indices) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (B, 3, side, side), and the indices of what was read."""
@@ -565,29 +563,26 @@ class PictureFiles:
         return np.stack(pictures), np.array(found)
 
 
-def load_pixels(take, mean: float, std: float, mirror: bool, indices, rng):
+def load_pixels(take, spec: DataSpec, mirror: bool, indices, rng):
     """What take(indices) gives, in network space, half of it mirrored if asked for."""
     pixels, indices = take(indices)
-    x = (pixels.astype(np.float32) - np.float32(mean)) / np.float32(std)
+    x = (pixels.astype(np.float32) - np.float32(spec.mean)) / np.float32(spec.std)
     if mirror:
         x = np.where(rng.random((len(x), 1, 1, 1)) < 0.5, x[..., ::-1], x)
     return x, None, indices
 
 
-def pixel_set(
-    some, take, labels, names, classes=(), captions=None, mirror=False, prompts=()
-) -> DataSet:
-    """Pictures of take(indices); their mean and deviation are those of `some`, uint8 (n, C, H, W)."""
+def pixel_spec(some: np.ndarray, classes=(), prompts=()) -> DataSpec:
+    """With mean and deviation of some of the pictures, uint8 (n, C, H, W)."""
     mean, std = float(some.mean()), float(some.std()) or 1.0
-    spec = DataSpec("pixels", some.shape[1:], mean, std, tuple(classes), prompts=prompts)
-    return DataSet(spec, labels, partial(load_pixels, take, mean, std, mirror), captions, names)
+    return DataSpec("pixels", some.shape[1:], mean, std, tuple(classes), prompts=prompts)
 
 
-def in_memory(pixels: np.ndarray, labels, **more) -> DataSet:
+def in_memory(pixels, labels, classes=(), captions=None, mirror=False, prompts=()) -> DataSet:
     """uint8 (n, C, H, W) as a data set."""
-    names = [hashlib.sha256(pixels.tobytes()).hexdigest()]
-    some = pixels[:: max(1, len(pixels) // 10000)]
-    return pixel_set(some, lambda indices: (pixels[indices], indices), labels, names, **more)
+    spec = pixel_spec(pixels[:: max(1, len(pixels) // 10000)], classes, prompts)
+    load = partial(load_pixels, lambda indices: (pixels[indices], indices), spec, mirror)
+    return DataSet(spec, labels, load, captions, [hashlib.sha256(pixels.tobytes()).hexdigest()])
 
 
 def open_demo(mirror: bool) -> DataSet:
@@ -596,7 +591,7 @@ def open_demo(mirror: bool) -> DataSet:
     sprite = np.asarray(Image.open(DEMO / "fashion.png")).reshape(100, 28, 100, 28)
     pixels = sprite.transpose(0, 2, 1, 3).reshape(10000, 1, 28, 28)
     labels = np.array([int(digit) for digit in info["labels"]])
-    return in_memory(pixels, labels, classes=info["classes"], mirror=mirror)
+    return in_memory(pixels, labels, info["classes"], mirror=mirror)
 
 
 def open_emoji(held_out: bool = False, mirror: bool = False) -> DataSet:
@@ -609,8 +604,7 @@ def open_emoji(held_out: bool = False, mirror: bool = False) -> DataSet:
     captions = Captions([[names[i]] for i in kept])
     prompts = ("red apple", "blue heart", "sun", "cat face", "panda")
     prompts += ("orange heart", "purple circle", "green square")
-    more = {"captions": captions, "mirror": mirror, "prompts": prompts}
-    return in_memory(pixels, np.arange(len(kept)), **more)
+    return in_memory(pixels, np.arange(len(kept)), (), captions, mirror, prompts)
 
 
 def open_torchvision(name: str, mirror: bool | None) -> DataSet:
@@ -619,23 +613,20 @@ def open_torchvision(name: str, mirror: bool | None) -> DataSet:
         from torchvision import datasets
     except ImportError as error:
         raise UserError(f"--data {name} needs torchvision: pip install torchvision") from error
-    kind = getattr(datasets, TORCHVISION[name])
-    cifar = name.startswith("cifar")
-    files = [kind.filename] if cifar else [file for file, _ in kind.resources]
-    folder = "datasets" if cifar else f"datasets/{kind.__name__}/raw"
+    kind, cifar = getattr(datasets, TORCHVISION[name]), name.startswith("cifar")
     try:                                                # the others wait for rank 0, see train.set_up
         source = kind("datasets", train=True, download=ranks()[0] == 0)
     except Exception as error:                          # of the network or of the disk
+        files = [kind.filename] if cifar else [file for file, _ in kind.resources]
+        folder = "datasets" if cifar else f"datasets/{kind.__name__}/raw"
         way = f"connect to the network once, or put {', '.join(files)} into {folder}"
         raise UserError(f"--data {name}: not available ({error}); {way}") from error
     labels = torch.as_tensor(source.targets).numpy()
     if cifar:
         pixels = source.data.transpose(0, 3, 1, 2)
-        return in_memory(pixels, labels, classes=source.classes, mirror=mirror is not False)
-    classes = list("0123456789")
-    if name == "fashion":
-        classes = read_json(DEMO / "fashion.json")["classes"]
-    return in_memory(source.data.numpy()[:, None], labels, classes=classes, mirror=bool(mirror))
+        return in_memory(pixels, labels, source.classes, mirror=mirror is not False)
+    classes = read_json(DEMO / "fashion.json")["classes"] if name == "fashion" else "0123456789"
+    return in_memory(source.data.numpy()[:, None], labels, classes, mirror=bool(mirror))
 
 
 def open_folder(root: Path, side: int, mirror: bool | None) -> DataSet:
@@ -644,16 +635,17 @@ def open_folder(root: Path, side: int, mirror: bool | None) -> DataSet:
     files, n = PictureFiles(found.pictures, side), len(found.pictures)
     some = np.linspace(0, n - 1, min(n, 256)).astype(int).tolist()  # spread over all classes
     some = np.stack([picture for picture, _ in in_threads(files.find, zip(some), 8)])
+    spec = pixel_spec(some, found.classes)
     captions = Captions(found.captions) if found.captions else None
     mirror = not captions if mirror is None else mirror
-    names = [p.name for p in found.pictures]
-    return pixel_set(some, files.take, found.labels, names, found.classes, captions, mirror)
+    load, names = partial(load_pixels, files.take, spec, mirror), [p.name for p in found.pictures]
+    return DataSet(spec, found.labels, load, captions, names)
 
 
 def open_shard(path):
     try:
         return safe_open(path, "numpy")
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         way = "delete it and encode again"
         raise UserError(f"{path}: not a complete safetensors file ({error}); {way}") from error
 
@@ -662,9 +654,11 @@ class Shards:
     """One tensor that runs on over many safetensors files, which stay memory-mapped."""
 
     def __init__(self, folder: Path, shards: list[dict], name: str):
-        self.slices = [open_shard(folder / shard["file"]).get_slice(name) for shard in shards]
+        files = [open_shard(folder / shard["file"]) for shard in shards]
+        self.slices = [file.get_slice(name) for file in files]
         self.shapes = [rows.get_shape() for rows in self.slices]
         self.starts = np.cumsum([0, *(shape[0] for shape in self.shapes)])
+        self.labels = np.concatenate([file.get_tensor("labels") for file in files])
 
     def read(self, indices, half) -> np.ndarray:
         """(B,) indices, (B,) 0 for the picture or 1 for its mirror image -> (B, ...) float16."""
@@ -691,49 +685,45 @@ def open_latents(folder: Path, want_features: bool, mirror: bool) -> DataSet:
     """A set that `encode` wrote."""
     meta = read_json(folder / "meta.json")
     latents = Shards(folder, meta["shards"], "latents")
-    labels = [open_shard(folder / shard["file"]).get_tensor("labels") for shard in meta["shards"]]
-    labels = np.concatenate(labels)
-    rule = f"{len(labels)} labels, meta.json says {meta['count']}; encode it again"
-    require(len(labels) == latents.starts[-1] == meta["count"], f"{folder}: {rule}")
-    buckets, starts = {}, latents.starts.tolist()       # {(H, W): range}, one after the other
+    n, starts = len(latents.labels), latents.starts.tolist()
+    rule = f"{n} labels, meta.json says {meta['count']}; encode it again"
+    require(n == starts[-1] == meta["count"], f"{folder}: {rule}")
+    buckets = {}                                        # {(H, W): range}, one after the other
     for shape, start, end in zip(latents.shapes, starts, starts[1:]):
         if end > start:
             size = tuple(shape[-2:])
             buckets[size] = range(buckets.get(size, range(start, end)).start, end)
     meta["buckets"] = list(buckets) if "buckets" in meta else []
-    if "factor" not in meta and "size" in meta:
+    if "factor" not in meta and "size" in meta:         # of the first edition
         meta["factor"] = meta["size"] // meta["shape"][1]
     spec, captions, features, features_shape = DataSpec.from_json(meta), None, None, None
     if not spec.classes:
         file = folder / "captions.jsonl"
-        texts = read_captions(Entry(file.name, str(file)).read(), str(file))
+        texts = read_captions(file.read_bytes(), str(file))
         rule = f"captions of {len(texts)} pictures, not of {meta['pictures']}"
         require(len(texts) == meta["pictures"], f"{file}: {rule}; restore what encode wrote")
         captions = Captions(texts.values())
-    if want_features:
-        require("features" in meta, f"--data {folder} has no features; encode with --features")
+    if want_features and "features" in meta:
         features = Shards(folder, meta["features"]["shards"], "features")
         same = np.array_equal(features.starts, latents.starts)
         require(same, f"{folder}: features of other pictures; delete features_* and encode again")
         features_shape = tuple(features.shapes[0][2:])
     names = [shard.get("sha256", shard["file"]) for shard in meta["shards"]]
     load = partial(load_latents, latents, features, spec, mirror)
-    return DataSet(spec, labels, load, captions, names, list(buckets.values()), features_shape)
-
-
-def load_noise(shape, indices, rng):
-    return rng.standard_normal((len(indices), *shape), np.float32), None, indices
+    return DataSet(spec, latents.labels, load, captions, names, list(buckets.values()), features_shape)
 
 
 def random_data(shape, classes: int) -> DataSet:
     """Noise, to run a preset without data; with captions if there are no classes."""
-    flags = "--channels, --side, and --classes unless it has captions"
-    require(all(shape), f"--data random with shape {tuple(shape)}: give {flags}")
+    require(all(shape), f"--data random with shape {tuple(shape)}: give --channels and --side")
     texts = [[f"picture {i}, " + "noise " * (i % 64)] for i in range(2 * TABLE)]
     spec = DataSpec("random", tuple(shape), classes=tuple(str(i) for i in range(classes)))
-    captions = None if classes else Captions(texts)
     labels = np.arange(1_281_167) % (classes or len(texts))
-    return DataSet(spec, labels, partial(load_noise, spec.shape), captions)
+
+    def load(indices, rng):
+        return rng.standard_normal((len(indices), *shape), np.float32), None, indices
+
+    return DataSet(spec, labels, load, None if classes else Captions(texts))
 
 
 def open_data(path: str, side=0, features=False, mirror: bool | None = None) -> DataSet:
@@ -744,7 +734,6 @@ def open_data(path: str, side=0, features=False, mirror: bool | None = None) -> 
     side      of pictures in files, after the centre crop (default 64).
     features  read() then gives the features that `encode --features` stored.
     mirror    half of them as mirror images; None: if they are latents, CIFAR or class folders.
-    raises    UserError if it is missing or cannot be read.
     """
     folder = Path(path).expanduser()
     if path == "demo":
@@ -755,17 +744,16 @@ def open_data(path: str, side=0, features=False, mirror: bool | None = None) -> 
         data = open_torchvision(path, mirror)
     elif (folder / "meta.json").is_file():
         data = open_latents(folder, features, mirror is not False)
-    elif (folder / "plan.json").is_file():
-        done = len(list(folder.glob("latents_*.safetensors")))
-        raise UserError(f"--data {path}: encoding stopped after {done} shards; run it again")
     else:
+        done = len(list(folder.glob("latents_*.safetensors")))
+        unfinished = (folder / "plan.json").is_file()
+        require(not unfinished, f"--data {path}: encoding stopped after {done} shards; run it again")
         names = ", ".join(["demo", "emoji", *TORCHVISION])
         require(folder.exists(), f"--data {path}: no such folder; give a folder or one of {names}")
         data = open_folder(folder, side or 64, mirror)
-    n = len(data.spec.classes)
-    last = data.labels.max()
+    n, last = len(data.spec.classes), data.labels.max()
     require(not n or last < n, f"--data {path}: label {last} beyond the {n} classes; encode it again")
-    require(not features or data.features_shape, f"--data {path} has no features; encode it first")
+    require(not features or data.features_shape, f"--data {path} has no features; encode --features")
     return data
 
 
@@ -780,8 +768,7 @@ def check_fits(spec: DataSpec, channels=0, side=0, classes=0, autoencoder="") ->
         require(not value or value == found[name], f"{rule}; change either")
 
 
-# --------------------------------------------------------------------------------------------------
-# The stream
+# --- The stream -----------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4)
@@ -833,8 +820,29 @@ def batches(data: DataSet, batch: int, seed: int, slots: list[int], of: int, sta
     return in_threads(read, ((step, slot) for step in count(start) for slot in slots), 4, ahead=4)
 
 
-# --------------------------------------------------------------------------------------------------
-# Captions to features
+# --- Pretrained networks, and captions to features ------------------------------------------------
+
+
+def load_pretrained(library: str, kind: str, flag: str, path: str):
+    """library.kind.from_pretrained(path). raises UserError that says what to install or to give."""
+    try:
+        package = importlib.import_module(library)
+    except ImportError as error:
+        raise UserError(f"{flag} needs {library} ({error}); pip install {library}") from error
+    package.utils.logging.set_verbosity_error()
+    package.utils.logging.disable_progress_bar()
+    try:
+        return getattr(package, kind).from_pretrained(path)
+    except Exception as error:                          # errors of hub and files share no type
+        line = str(error).strip().split("\n")[0]
+        way = "give a folder or hub name, as of hf download NAME --local-dir FOLDER"
+        raise UserError(f"{flag}: does not load ({line}); {way}") from error
+
+
+def load_network(library: str, flag: str, path: str, device="cpu", dtype=torch.float32):
+    """A pretrained network of diffusers or transformers, frozen."""
+    network = load_pretrained(library, "AutoModel", flag, path)
+    return network.to(device, dtype).eval().requires_grad_(False)
 
 
 @lru_cache(maxsize=2**16)
@@ -894,27 +902,16 @@ class TextEncoder:
 
 
 def load_text_encoder(name: str, device="cpu", length: int = 256, pad_to_length: bool = False):
-    """`WordHashes` for "bytes", or the `TextEncoder` of a folder or hub name; `.spec` describes it.
-
-    raises  UserError that says what to install or to download.
-    """
+    """`WordHashes` for "bytes", or the `TextEncoder` of a folder or hub name; `.spec` describes it."""
     if name == "bytes":
         return WordHashes()
     flag, path = f"--text_encoder {name}", os.path.abspath(name) if os.path.isdir(name) else name
+    net = load_network("transformers", flag, path, device, pick_dtype(torch.device(device)))
+    tokenizer = load_pretrained("transformers", "AutoTokenizer", flag, path)
     try:
-        missing = path.startswith((".", "/", "~")) and not os.path.isdir(path)
-        require(not missing, f"{flag}: there is no such folder")
-        net = load_network("transformers", flag, path, device, pick_dtype(torch.device(device)))
-        tokenizer = load_pretrained("transformers", "AutoTokenizer", flag, path)
         return TextEncoder(path, net, tokenizer, length, pad_to_length)
-    except UserError as error:
-        hub = name if "/" in name.strip("/.") and not os.path.isabs(name) else GEMMA
-        way = f"pip install transformers, hf download {hub} --local-dir FOLDER, "
-        way += "then --text_encoder FOLDER; 'bytes' needs nothing, for a network trained with it"
-        raise UserError(f"{error}. {way}") from error
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        rule = f"gives no last hidden state of a text ({error})"
-        raise UserError(f"{flag}: {rule}; give a text model") from error
+        raise UserError(f"{flag}: not a model of text, such as {GEMMA} ({error})") from error
 
 
 class Texts:
@@ -951,30 +948,7 @@ class Texts:
         return self.features[rows], self.mask[rows]
 
 
-# --------------------------------------------------------------------------------------------------
-# Autoencoders, and back to pictures
-
-
-def load_pretrained(library: str, kind: str, flag: str, path: str):
-    """library.kind.from_pretrained(path). raises UserError that says what to install or to give."""
-    try:
-        package = importlib.import_module(library)
-    except ImportError as error:
-        raise UserError(f"{flag} needs {library} ({error}); pip install {library}") from error
-    package.utils.logging.set_verbosity_error()
-    package.utils.logging.disable_progress_bar()
-    try:
-        return getattr(package, kind).from_pretrained(path)
-    except Exception as error:                          # errors of hub and files share no type
-        line = str(error).strip().split("\n")[0]
-        rule = f"{path} does not load ({line})"
-        raise UserError(f"{flag}: {rule}; give a folder or hub name") from error
-
-
-def load_network(library: str, flag: str, path: str, device="cpu", dtype=torch.float32):
-    """A pretrained network of diffusers or transformers, frozen."""
-    network = load_pretrained(library, "AutoModel", flag, path)
-    return network.to(device, dtype).eval().requires_grad_(False)
+# --- Autoencoders, and back to pictures -----------------------------------------------------------
 
 
 def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
@@ -1080,19 +1054,18 @@ def grid(rows: np.ndarray, scale: int = 1, names=(), row_names=(), gap: int = 2)
     """uint8 (R, C, H, W, K) as one picture with white gaps, each pixel `scale` wide; names of columns
     below, names of rows at the left."""
     r, c, h, w, k = rows.shape
-    sheet = np.pad(rows, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
-    sheet = sheet.transpose(0, 2, 1, 3, 4).reshape(r * (h + gap), c * (w + gap), k)
-    sheet = sheet[: r * (h + gap) - gap, : c * (w + gap) - gap]  # no gap at the end
-    sheet = to_image(sheet.repeat(scale, 0).repeat(scale, 1))
-    left, below = 64 if row_names else 0, 56 if names else 0
-    labelled = Image.new(sheet.mode, (left + sheet.width, sheet.height + below), "white")
-    labelled.paste(sheet, (left, 0))
-    for i, name in enumerate(names):
-        cell = draw_text(name, w * scale, below, sheet.mode)
-        labelled.paste(cell, (left + i * (w + gap) * scale, sheet.height))
+    h, w, gap = h * scale, w * scale, gap * scale
+    left, below, bottom = 64 if row_names else 0, 56 if names else 0, r * (h + gap) - gap
+    size = left + c * (w + gap) - gap, bottom + below
+    sheet = Image.new("L" if k == 1 else "RGB", size, "white")
+    for i, j in np.ndindex(r, c):
+        picture = to_image(rows[i, j]).resize((w, h), Image.NEAREST)
+        sheet.paste(picture, (left + j * (w + gap), i * (h + gap)))
+    for j, name in enumerate(names):
+        sheet.paste(draw_text(name, w, below, sheet.mode), (left + j * (w + gap), bottom))
     for i, name in enumerate(row_names):
-        labelled.paste(draw_text(name, left, h * scale, sheet.mode), (0, i * (h + gap) * scale))
-    return labelled
+        sheet.paste(draw_text(name, left, h, sheet.mode), (0, i * (h + gap)))
+    return sheet
 
 
 def write_picture(picture, path) -> None:
@@ -1104,39 +1077,39 @@ def write_picture(picture, path) -> None:
     os.replace(temporary, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# The commands: encode and inspect
+# --- The commands: encode and inspect -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
     """The flags of `data.py encode`."""
 
-    images: str
-    out: str
-    autoencoder: str
-    means: bool
-    native: bool
-    upscale: bool
-    features: str | None
-    size: list[int]
-    batch: int
-    shard: int
-    grid: int
-    patch: int
-    workers: int
-    device: str
-    precision: str
+    images: str = flag("", "folder or tar: class folders, or with captions", {"required": True})
+    out: str = flag("", "folder of the set", {"required": True})
+    autoencoder: str = flag("sd-vae", "sd-vae, dc-ae, folder or hub name (sd-vae)")
+    means: bool = flag(False, "store the posterior's mean only", {"action": "store_true"})
+    native: bool = flag(False, "keep aspect ratios, in buckets", {"action": "store_true"})
+    upscale: bool = flag(False, "enlarge what is below the smallest size", {"action": "store_true"})
+    features: str = flag("", "also features of DINOv2 or RADIO: a folder or hub name")
+    size: tuple = flag((256,), "pixels per side (256); --native: of squares of the buckets' areas",
+        {"type": positive_int, "nargs": "+"})
+    batch: int = flag(64, "pictures per pass of the network (64)", {"type": positive_int})
+    shard: int = flag(1024, "pictures per file (1024)", {"type": positive_int})
+    grid: int = flag(16, "feature tokens per side (16)", {"type": positive_int})
+    patch: int = flag(1, "of the network to come, in latent positions: sizes are multiples (1)",
+        {"type": positive_int})
+    workers: int = flag(0, "threads per rank that decode pictures; 0 = its share of the cores",
+        {"type": natural})
+    device: str = flag("auto", "auto, cpu, cuda, mps (auto)")
+    precision: str = flag("auto", "of the networks", {"choices": ("auto", "fp32", "bf16")})  # fmt: skip
 
 
-def upright_size(entry: Entry) -> list[int] | str:
-    """[height, width] as EXIF turns it, from the header, or the reason why there is none."""
+def attempt(function, *args):
+    """(result, ""), or (None, the message) of a ValueError."""
     try:
-        with Image.open(io.BytesIO(entry.read()) if entry.inside else entry.file) as picture:
-            turned = picture.format != "TIFF" and picture.getexif().get(0x0112, 1) > 4
-            return list(picture.size if turned else picture.size[::-1])
-    except Exception as error:                          # decoders raise errors of any type
-        return reason(error)
+        return function(*args), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def bucket_sizes(side: int, step: int) -> list[tuple[int, int]]:
@@ -1149,13 +1122,11 @@ def bucket_sizes(side: int, step: int) -> list[tuple[int, int]]:
     return sorted(((h * step, w * step) for h, w in sizes), key=lambda size: size[0] / size[1])
 
 
-def choose_bucket(size: list[int] | str, tables: list, upscale: bool) -> tuple[int, int]:
+def choose_bucket(size, tables: list, upscale: bool) -> tuple[int, int]:
     """The nearest ratio of the largest area that a picture (height, width) fills as it is.
 
-    tables  `bucket_sizes` from small to large. raises ValueError with the reason why there is none.
+    tables  `bucket_sizes` from small to large. raises ValueError if there is none.
     """
-    if isinstance(size, str):
-        raise ValueError(size)
     h, w = size
     if max(h, w) > 4.5 * min(h, w):
         raise ValueError(f"{h}x{w} is beyond the ratios from 1:4 to 4:1")
@@ -1166,16 +1137,28 @@ def choose_bucket(size: list[int] | str, tables: list, upscale: bool) -> tuple[i
     return fitting[-1] if fitting else nearest[0]
 
 
+def find_bucket(entry: Entry, tables: list, upscale: bool) -> tuple[int, int]:
+    """That of a picture as EXIF turns it, from its header. raises ValueError if there is none."""
+    try:
+        with Image.open(io.BytesIO(entry.read()) if entry.inside else entry.file) as picture:
+            turned = picture.format != "TIFF" and picture.getexif().get(0x0112, 1) > 4
+            size = picture.size if turned else picture.size[::-1]
+    except Exception as error:                          # decoders raise errors of any type
+        raise ValueError(reason(error)) from error
+    return choose_bucket(size, tables, upscale)
+
+
 def plan_buckets(cfg: EncodeConfig, step: int, pictures: list[Entry]) -> tuple[dict, list]:
     """{(height, width): indices} from wide to tall, and [name, reason] of those that fit none."""
     tables = [bucket_sizes(side, step) for side in sorted(cfg.size)]
     groups, skipped = {}, []
-    sizes = in_threads(upright_size, zip(pictures), cfg.workers)
-    for i, size in enumerate(tqdm(sizes, "sizes", len(pictures), disable=None)):
-        try:
-            groups.setdefault(choose_bucket(size, tables, cfg.upscale), []).append(i)
-        except ValueError as error:
-            skipped.append([pictures[i].name, str(error)])
+    jobs = ((find_bucket, picture, tables, cfg.upscale) for picture in pictures)
+    found = in_threads(attempt, jobs, cfg.workers)
+    for i, (size, why) in enumerate(tqdm(found, "sizes", len(pictures), disable=None)):
+        if why:
+            skipped.append([pictures[i].name, why])
+        else:
+            groups.setdefault(size, []).append(i)
     require(groups, f"--images {cfg.images}: no picture fits a bucket; the first: {skipped[:1]}")
     order = sorted(groups, key=lambda size: (size[0] / size[1], size))
     return {size: groups[size] for size in order}, skipped
@@ -1227,6 +1210,7 @@ def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
     if cfg.native:
         groups, plan["skipped"] = plan_buckets(cfg, step, found.pictures)
         plan["buckets"] = [[h, w, len(indices)] for (h, w), indices in groups.items()]
+    out.mkdir(parents=True, exist_ok=True)
     claim(out / "plan.json", plan)
     if cfg.features:
         makers["features"] = load_features(cfg.features, cfg.grid, device, dtype)
@@ -1242,38 +1226,32 @@ def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
     return makers, shards
 
 
-def open_cropped(entry: Entry, size, upright: bool) -> np.ndarray | str:
-    """The picture cropped to (height, width), or the reason why it is skipped."""
-    try:
-        return crop(open_picture(io.BytesIO(entry.read()), upright), *size)
-    except ValueError as error:
-        return str(error)
+def open_cropped(entry: Entry, size, upright: bool) -> np.ndarray:
+    return crop(open_picture(io.BytesIO(entry.read()), upright), *size)
 
 
-def encode_shard(cfg: EncodeConfig, makers: dict, size, pictures: list) -> tuple[dict, dict]:
-    """[(Entry, label)] -> the tensors of one shard, {kind: (n, ...) float16, "labels"}; its record."""
-    parts, labels, skipped = {kind: [] for kind in makers}, [], []
-    jobs = ((entry, size, cfg.native) for entry, _ in pictures)
-    stream = in_threads(open_cropped, jobs, cfg.workers, ahead=4 * cfg.batch)
+def encode_shard(cfg: EncodeConfig, kind: str, make, size, pictures: list) -> tuple[dict, dict]:
+    """[(Entry, label)] -> tensors of a shard, {kind: (n, ...) float16, "labels": (n,)}; its record."""
+    parts, labels, skipped = [], [], []
+    jobs = ((open_cropped, entry, size, cfg.native) for entry, _ in pictures)
+    stream = in_threads(attempt, jobs, cfg.workers, ahead=4 * cfg.batch)
     for k in range(0, len(pictures), cfg.batch):
-        x = []
-        for (entry, label), picture in zip(pictures[k : k + cfg.batch], stream):
-            if isinstance(picture, str):
-                skipped.append([entry.name, picture])
+        x, nothing = [], np.zeros((3, *size), np.uint8)
+        for (entry, label), (picture, why) in zip(pictures[k : k + cfg.batch], stream):
+            if why:
+                skipped.append([entry.name, why])
             else:
                 x.append(picture)
                 labels.append(label)
-        n = len(x)
-        x = x or [np.zeros((3, *size), np.uint8)]       # of none, the shape is needed
-        x = torch.from_numpy(np.stack(x))
-        for kind, make in makers.items():
-            part = make(x)[:n].cpu().numpy()
-            rule = f"{kind} of {pictures[k][0].name} and after overflow float16"
-            require(np.isfinite(part).all(), f"{rule}; use another encoder")
-            parts[kind].append(part)
-    tensors = {kind: np.concatenate(part).copy() for kind, part in parts.items()}
-    record = {"count": len(labels), "skipped": skipped} | ({"bucket": size} if cfg.native else {})
-    return tensors | {"labels": np.array(labels, np.int64)}, record
+        made = make(torch.from_numpy(np.stack(x or [nothing])))
+        parts.append(made[: len(x)].cpu().numpy())      # of no pictures, the shape counts
+        rule = f"{kind} of {pictures[k][0].name} and after overflow float16; use another encoder"
+        require(np.isfinite(parts[-1]).all(), rule)
+    tensor = np.ascontiguousarray(np.concatenate(parts))
+    record = {"count": len(labels), "skipped": skipped}
+    if cfg.native:
+        record["bucket"] = size
+    return {kind: tensor, "labels": np.array(labels, np.int64)}, record
 
 
 def digest(tensors: dict) -> str:
@@ -1301,18 +1279,18 @@ def write_shard(path: Path, tensors: dict, record: dict) -> None:
 
 def finish(out: Path, shards: int) -> dict | None:
     """Write meta.json from the records of the shards, if all are there."""
-    records = {}
+    meta = read_json(out / "plan.json")
     for kind in ("latents", "features"):
         files = [out / f"{kind}_{k:05}.safetensors" for k in range(shards)]
         if all(file.is_file() for file in files):
             stored = [json.loads(open_shard(file).metadata()["tim"]) for file in files]
-            records[kind] = [{"file": f.name} | record for f, record in zip(files, stored)]
-    if "latents" not in records:
+            records = [{"file": f.name} | record for f, record in zip(files, stored)]
+            if kind == "latents":
+                meta |= {"count": sum(record["count"] for record in records), "shards": records}
+            else:
+                meta["features"] = read_json(out / "features.json") | {"shards": records}
+    if "shards" not in meta:
         return None
-    counts = [shard["count"] for shard in records["latents"]]
-    meta = read_json(out / "plan.json") | {"count": sum(counts), "shards": records["latents"]}
-    if "features" in records:
-        meta["features"] = read_json(out / "features.json") | {"shards": records["features"]}
     write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
 
@@ -1323,23 +1301,19 @@ def encode(cfg: EncodeConfig) -> None:
     require(Path(cfg.images).exists(), f"--images {cfg.images}: no such folder or tar")
     require(cfg.native or len(cfg.size) == 1, f"--size {cfg.size}: several need --native")
     require(not (cfg.native and cfg.features), "--features: not for --native pictures")
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cfg = replace(cfg, workers=cfg.workers or max(1, cores))
     found = find_pictures(cfg.images)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        makers, shards = plan_set(cfg, found, out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error})") from error
+    makers, shards = plan_set(cfg, found, out)
     made = 0
-    for k in tqdm(range(rank, len(shards), world_size), "shards", disable=rank > 0):
-        size, indices = shards[k]
-        paths = {kind: out / f"{kind}_{k:05}.safetensors" for kind in makers}
-        missing = {kind: makers[kind] for kind, path in paths.items() if not path.is_file()}
-        if missing:
-            pictures = [(found.pictures[i], found.labels[i]) for i in indices]
-            tensors, record = encode_shard(cfg, missing, size, pictures)
-            for kind in missing:
-                write_shard(paths[kind], {kind: tensors[kind], "labels": tensors["labels"]}, record)
-            made += 1
+    for kind, make in makers.items():
+        for k in tqdm(range(rank, len(shards), world_size), kind, disable=rank > 0):
+            size, indices = shards[k]
+            path = out / f"{kind}_{k:05}.safetensors"
+            if not path.is_file():
+                pictures = [(found.pictures[i], found.labels[i]) for i in indices]
+                write_shard(path, *encode_shard(cfg, kind, make, size, pictures))
+                made += 1
     meta = finish(out, len(shards))
     if meta and (rank == 0 or made):
         skipped = [line for part in (meta, *meta["shards"]) for line in part.get("skipped", [])]
@@ -1387,26 +1361,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, **style)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("encode", help="pictures to latents; again = resume", **style)
-    p.add_argument("--images", required=True, help="folder or tar: class folders, or with captions")
-    p.add_argument("--out", required=True, help="folder of the set")
-    p.add_argument("--autoencoder", default="sd-vae", help="sd-vae, dc-ae, folder or hub name")
-    p.add_argument("--means", action="store_true", help="store the posterior's mean only")
-    p.add_argument("--native", action="store_true", help="keep aspect ratios, in buckets")
-    p.add_argument("--upscale", action="store_true", help="enlarge pictures below the smallest size")
-    p.add_argument("--features", help="also features of DINOv2 or RADIO: a folder or hub name")
-    size = "pixels per side (256); --native: of the squares that the buckets have the area of"
-    p.add_argument("--size", type=positive_int, nargs="+", default=[256], help=size)
-    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    for name, default, text in (
-        ("batch", 64, "pictures per pass of the network"),
-        ("shard", 1024, "pictures per file"),
-        ("grid", 16, "feature tokens per side"),
-        ("patch", 1, "of the network to come: sizes are multiples of it, in latent positions"),
-        ("workers", cores, "threads that decode pictures, per rank"),
-    ):
-        p.add_argument(f"--{name}", type=positive_int, default=default, help=f"{text} ({default})")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (auto)")
-    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    add_flags(p, EncodeConfig)
     p = commands.add_parser("inspect", help="what a set is, whether it is complete", **style)
     p.add_argument("path", help="name or folder of a set")
     p.add_argument("--autoencoder", help="for the contact sheet (that of the set)")

@@ -19,7 +19,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ import data
 import sample
 import train
 import transition
-from data import DataSpec, UserError, require
+from data import DataSpec, UserError, flag, require
 from model import TiM, lower_precision
 
 
@@ -62,7 +62,6 @@ def append_record(file: Path, record: dict) -> None:
 
 
 def results_folder(checkpoint: Path) -> Path:
-    """eval/ in a run folder; runs/eval for a file elsewhere."""
     return checkpoint / "eval" if checkpoint.is_dir() else Path("runs/eval")
 
 
@@ -70,10 +69,40 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-# --------------------------------------------------------------------------------------------------
-# fid: pictures
+# --- fid: pictures --------------------------------------------------------------------------------
 
 SETS = ("demo", "emoji", *data.TORCHVISION)
+INTEGER, INTEGERS = {"type": data.positive_int}, {"type": data.positive_int, "nargs": "+"}
+FINITE = data.number(float, -data.LARGEST, data.LARGEST, "a finite number")
+
+
+@dataclass(frozen=True)
+class FidConfig:
+    """The flags of `fid`."""
+
+    reference: str = flag("", f"folder of pictures, .npz, or {', '.join(SETS)}", {"required": True})
+    reference_num: int | None = flag(None, "use so many of its pictures", INTEGER)
+    images: str = flag("", "score this folder of pictures instead of a network")
+    checkpoint: tuple = flag((), "default: the newest run", {"nargs": "+", "type": Path})
+    num: int | None = flag(None, "pictures (default: 50000, or all of --images)", INTEGER)
+    steps: tuple = flag((1, 2, 4, 8, 16, 32, 64, 128), "default 1 2 4 8 16 32 64 128", INTEGERS)
+    guidance: tuple = flag((None,), "default: the checkpoint's", {"nargs": "+", "type": FINITE})
+    interval: tuple | None = flag(None, "guide at these fractions of the times (default: so, too)",
+        {"nargs": 2, "type": data.share, "metavar": ("LOW", "HIGH")})
+    strict_interval: bool | None = flag(None, "without its ends",
+        {"action": argparse.BooleanOptionalAction})
+    stochastic: float | None = flag(None, "share of noise renewed per step",
+        {"type": data.non_negative_float})
+    precision: str = flag("auto", "of attention, MLP", {"choices": ("auto", "fp32", "bf16")})
+    autoencoder: str | None = flag(None, "folder or hub name (default: what the checkpoint names)")
+    side: int | None = flag(None, "crop pictures of --images and --reference to this", INTEGER)
+    inception: str | None = flag(None, "weights in torch-fidelity's form (default: it downloads)")
+    cache: Path = flag(Path("runs/reference"), "default runs/reference", {"type": Path})
+    plot: Path | None = flag(None, "PNG of FID over steps (default: beside the records)",
+        {"type": Path})
+    seed: int = flag(0, "of the noise (default 0)", {"type": data.natural})
+    batch: int = flag(100, "pictures per pass (default 100)", INTEGER)
+    device: str = flag("auto", "auto (default: cuda, else cpu), cuda, mps or cpu")  # fmt: skip
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -149,32 +178,30 @@ def open_npz(path: Path, cache: Path) -> tuple[dict | None, list[Path]]:
     return statistics, write_once(folder, len(images), lambda part: images[part])
 
 
-def open_reference(name: str, num: int | None, side: int | None, n: int, features: Path):
-    """Real Pictures of a folder, a data set or an .npz, to compare n others with.
+def open_reference(cfg: FidConfig, n: int, features: Path) -> Pictures:
+    """The real pictures of a folder, a data set or an .npz, to compare n others with.
 
-    num  use so many of them, evenly spaced
     mu and sigma of an .npz go to where torch-fidelity keeps the statistics of these pictures in its
     cache `features`; there may be no pictures beside them, and then FID is the only score.
     """
-    statistics, cache = None, features.parent
+    name, statistics = cfg.reference, None
     if name.endswith(".npz"):
-        statistics, files = open_npz(Path(name), cache)
+        statistics, files = open_npz(Path(name), cfg.cache)
     else:
-        files = picture_files(name, cache)
+        files = picture_files(name, cfg.cache)
     if files:
-        num = len(files) if num is None else num
+        num = cfg.reference_num or len(files)
         rule = f"{name} holds {len(files)} pictures"
         require(2 <= num <= len(files), f"--reference_num {num}: {rule}")
         require(statistics or n <= num, f"--num {n}: the reference {rule}, of which {num} are used")
         files = [files[i] for i in np.linspace(0, len(files) - 1, num).round().astype(int)]
-    real = Pictures(name, files, side)
+    real = Pictures(name, files, cfg.side)
     if statistics:
         torch.save(statistics, features / f"{real.key}-{EXTRACTOR}-stat-fid-{FEATURES}.pt")
     return real
 
 
-# --------------------------------------------------------------------------------------------------
-# fid: scores
+# --- fid: scores ----------------------------------------------------------------------------------
 
 EXTRACTOR, FEATURES = "inception-v3-compat", "2048"  # torch-fidelity's names
 SCORES = {
@@ -223,96 +250,94 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
     return {short: found.get(name) for short, name in SCORES.items()}
 
 
-def score_real(real: Pictures, n: int, options: dict) -> dict:
-    """The floor: n of the real pictures against the others."""
-    if not n:
-        return dict.fromkeys(SCORES)
-    order = torch.randperm(len(real), generator=data.rng(0))
-    parts = [[real.files[i] for i in part] for part in (order[:n], order[n:])]
-    first, rest = (Pictures(real.name, files, real.side) for files in parts)
-    return score(first, rest, options | {"input1_cache_name": first.key})
+class Scorer:
+    """The real pictures of a table of scores; the first row is the floor, half of them against the
+    others. `add` makes, prints and appends a row."""
 
+    def __init__(self, cfg: FidConfig, n: int, device: torch.device):
+        self.options = metric_options(cfg.inception, cfg.cache, device)
+        features = Path(self.options["cache_root"])
+        self.real = real = open_reference(cfg, n, features)
+        half, floor = min(n, len(real) // 2), dict.fromkeys(SCORES)
+        if half:
+            order = torch.randperm(len(real), generator=data.rng(0))
+            parts = [[real.files[i] for i in part] for part in (order[:half], order[half:])]
+            first, rest = (Pictures(real.name, files, real.side) for files in parts)
+            floor = score(first, rest, self.options | {"input1_cache_name": first.key})
+        print(f"{n} pictures a row against {cfg.reference}; other numbers do not compare")
+        print_row({"row": f"real, n = {half}", "steps": None, "NFE": None} | floor, heads=True)
+        self.record = {"n": n, "reference": cfg.reference, "reference_n": len(real)}
+        self.record |= {"side": cfg.side, "inception": features.name, "floor": floor | {"n": half}}
 
-# --------------------------------------------------------------------------------------------------
-# fid: the command
-
-
-def fid(
-    reference, reference_num, images, checkpoint, num, steps, guidance, interval, strict_interval,
-    stochastic, precision, autoencoder, side, inception, cache, plot, seed, batch, device,
-) -> None:  # fmt: skip
-    """A row of scores per checkpoint, guidance and number of steps, or one of a folder `images`.
-
-    All ranks draw, the first scores. None for an option of sampling: the checkpoint's.
-    """
-    device, first = data.open_device(device), data.ranks()[0] == 0
-    if images and not first:
-        return
-    checkpoint = [] if images else checkpoint or [sample.newest()]
-    for path in checkpoint:
-        sample.checkpoint_file(path)  # is it there?
-    if images:
-        files = picture_files(images, cache)
-        num = len(files) if num is None else num
-        require(num <= len(files), f"--num {num}: {images} holds {len(files)} pictures")
-    num = 50_000 if num is None else num
-    require(num >= 10, f"--num {num}: at least 10 pictures")
-    if first:
-        metric = metric_options(inception, cache, device)
-        real = open_reference(reference, reference_num, side, num, Path(metric["cache_root"]))
-        n = min(num, len(real) // 2)
-        floor = score_real(real, n, metric)
-        print(f"{num} pictures a row against {reference}; other numbers do not compare")
-        shown = {"row": f"real, n = {n}", "steps": None, "NFE": None}
-        print_row(shown | floor, heads=True)
-        record = {"n": num, "reference": reference, "reference_n": len(real), "side": side}
-        record |= {"inception": Path(metric["cache_root"]).name, "floor": floor | {"n": n}}
-    if images:
-        row = {"row": Path(images).name, "steps": None, "NFE": None}
-        row |= score(Pictures(images, files[:num], side), real, metric)
+    def add(self, row: dict, pictures: Pictures, file: Path, about: dict) -> dict:
+        row = row | score(pictures, self.real, self.options)
         print_row(row)
-        folder = cache if images in SETS else Path(images)
-        append_record(folder / "eval.jsonl", {"images": images} | row | record)
-        return
-    if data.ranks()[1] > 1:
+        append_record(file, about | row | self.record)
+        return row
+
+
+# --- fid: the command -----------------------------------------------------------------------------
+
+
+def fid(cfg: FidConfig) -> None:
+    """A row of scores per checkpoint, guidance and number of steps, or one of a folder of pictures."""
+    device = data.open_device(cfg.device)
+    if not cfg.images:
+        score_networks(cfg, device)
+    elif data.ranks()[0] == 0:
+        files = picture_files(cfg.images, cfg.cache)
+        n = cfg.num or len(files)
+        require(10 <= n <= len(files), f"--num {n}: {cfg.images} holds {len(files)}; at least 10")
+        folder = cfg.cache if cfg.images in SETS else Path(cfg.images)
+        row = {"row": Path(cfg.images).name, "steps": None, "NFE": None}
+        pictures, about = Pictures(cfg.images, files[:n], cfg.side), {"images": cfg.images}
+        Scorer(cfg, n, device).add(row, pictures, folder / "eval.jsonl", about)
+
+
+def score_networks(cfg: FidConfig, device: torch.device) -> None:
+    """All ranks draw, the first scores."""
+    (rank, world_size), n = data.ranks(), cfg.num or 50_000
+    require(n >= 10, f"--num {n}: at least 10 pictures")
+    paths, curves = cfg.checkpoint or [sample.newest()], {}
+    for path in paths:
+        sample.checkpoint_file(path)  # is it there?
+    scorer = Scorer(cfg, n, device) if rank == 0 else None
+    if world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # scoring takes its time
-    curves = {}
-    for path, strength in itertools.product(checkpoint, guidance):
+    for path, strength in itertools.product(paths, cfg.guidance):
         sampler = sample.open_sampler(
-            path, device, precision, autoencoder=autoencoder, guidance=strength, interval=interval,
-            strict=strict_interval, stochastic=stochastic,
+            path, device, cfg.precision, autoencoder=cfg.autoencoder, guidance=strength,
+            interval=cfg.interval, strict=cfg.strict_interval, stochastic=cfg.stochastic,
         )  # fmt: skip
         way = "draw with sample.py --prompts_file FILE -n N, then fid --images"
         require(not sampler.texts, f"{path} was trained on text; {way}")
         name = f"guidance {sampler.options['guidance']:g}"
-        if len(checkpoint) > 1:
+        if len(paths) > 1:
             name = f"{path.name if path.is_dir() else path.parent.name}, {name}"
-        for k in steps:
-            pictures, evaluations = draw(sampler, num, k, seed, batch, results_folder(path))
-            if first:
-                row = {"row": name, "steps": k, "NFE": evaluations}
-                row |= score(pictures, real, metric)
-                print_row(row)
-                about = sampler.record | {"checkpoint": str(path), "seed": seed}
-                append_record(results_folder(path) / "eval.jsonl", about | row | record)
+        for steps in cfg.steps:
+            pictures, evaluations = draw(sampler, cfg, n, steps, results_folder(path))
+            if scorer:
+                row = {"row": name, "steps": steps, "NFE": evaluations}
+                about = sampler.record | {"checkpoint": str(path), "seed": cfg.seed}
+                row = scorer.add(row, pictures, results_folder(path) / "eval.jsonl", about)
                 curves.setdefault(name, []).append((evaluations, row["FID"]))
-    if first:
-        plot_curves(curves, num, plot or results_folder(path) / "fid.png")
+    if scorer:
+        plot_curves(curves, n, cfg.plot or results_folder(paths[-1]) / "fid.png")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def draw(sampler, n: int, steps: int, seed: int, batch: int, results: Path) -> tuple[Pictures, int]:
+def draw(sampler, cfg: FidConfig, n: int, steps: int, results: Path) -> tuple[Pictures, int]:
     """Draw what is not there yet, all ranks together; the folder is named by all it depends on.
 
     returns  the pictures, and the evaluations of the network for one of them, counted
     """
     trace = []
-    sampler.latents([0], [0], steps, seed, trace)
+    sampler.latents([0], [0], steps, cfg.seed, trace)
     name = f"guidance{sampler.options['guidance']:g}_steps{steps}"
-    folder = results / f"{name}_{digest(sampler.record, steps, seed)}"
+    folder = results / f"{name}_{digest(sampler.record, steps, cfg.seed)}"
     jobs = sample.numbered(n, list(range(len(sampler.spec.classes))))
-    sample.write_pictures(sampler, jobs, steps, seed, batch, folder)
+    sample.write_pictures(sampler, jobs, steps, cfg.seed, cfg.batch, folder)
     if dist.is_initialized():
         dist.barrier()
     files = [folder / file for file, _, _ in jobs]
@@ -334,8 +359,7 @@ def plot_curves(curves: dict, n: int, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-# --------------------------------------------------------------------------------------------------
-# consistency
+# --- consistency ----------------------------------------------------------------------------------
 
 LENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # bins of t - r, as fractions of the transport's range
 
@@ -428,27 +452,17 @@ def consistency(checkpoint, data_name, num: int, seed: int, batch: int, device: 
     append_record(file, about | {"table": rows, "derivative": errors})
 
 
-# --------------------------------------------------------------------------------------------------
-# clip
+# --- clip -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def clip(images: Path, num: int | None, model: str, seed: int, batch: int, device: str) -> None:
     """100 max(cosine, 0) of the first `num` pictures and their captions, averaged."""
-    try:
-        from transformers import CLIPModel, CLIPProcessor
-    except ImportError as error:
-        raise UserError("clip needs the package transformers; pip install transformers") from error
     device, file = data.open_device(device), images / "captions.jsonl"
-    require(file.is_file(), f"--images {images}: has no captions.jsonl")
+    load = partial(data.load_pretrained, "transformers", flag=f"--model {model}", path=model)
+    net, processor = load("CLIPModel").to(device).eval(), load("CLIPProcessor")
     pairs = list(data.read_captions(file.read_bytes(), str(file)).items())[:num]
     require(len(pairs) >= (num or 1), f"--num {num}: {file} has {len(pairs)} captions")
-    try:
-        net = CLIPModel.from_pretrained(model).to(device).eval()
-        processor = CLIPProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--model {model}: {reason}; give a hub name or a folder") from error
     pictures, scores = Pictures(str(images), [images / name for name, _ in pairs]), []
     for start in range(0, len(pairs), batch):
         part = range(start, min(start + batch, len(pairs)))
@@ -463,8 +477,7 @@ def clip(images: Path, num: int | None, model: str, seed: int, batch: int, devic
     append_record(images / "eval.jsonl", row | {"model": model})
 
 
-# --------------------------------------------------------------------------------------------------
-# speed
+# --- speed ----------------------------------------------------------------------------------------
 
 
 def measure(action, device: torch.device, limit: float) -> tuple[float, int, float | None]:
@@ -573,54 +586,32 @@ def speed(cfg: train.Config, steps: list[int], seconds: float) -> None:
         dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------
-# The commands
-
-
-FINITE = data.number(float, -math.inf, math.inf, "a finite number")
+# --- The commands ---------------------------------------------------------------------------------
 
 
 def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and for `speed` those that are left to train.py."""
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
-    add("--seed", type=data.natural, default=0, help="of the noise (default 0)")
-    add("--batch", type=data.positive_int, default=100, help="pictures per pass (default 100)")
-    add("--device", default="auto", help="auto (default: cuda, else cpu), cuda, mps or cpu")
-
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
-    with_shared = partial(commands.add_parser, parents=[shared], allow_abbrev=False)
+    p = commands.add_parser("fid", help="FID and other scores over steps", allow_abbrev=False)
+    data.add_flags(p, FidConfig)
 
-    add = with_shared("fid", help="FID and other scores over the number of steps").add_argument
-    add("--reference", required=True, help=f"folder of pictures, .npz, or {', '.join(SETS)}")
-    add("--reference_num", type=data.positive_int, help="use so many of its pictures")
-    add("--images", help="score this folder of pictures instead of a network")
-    add("--checkpoint", nargs="+", type=Path, default=[], help="default: the newest run")
-    add("-n", "--num", type=data.positive_int, help="pictures (default: 50000, or all of --images)")
-    add("--steps", type=data.positive_int, nargs="+", default=[2**k for k in range(8)],
-        help="default 1 2 4 8 16 32 64 128")
-    add("--guidance", type=FINITE, nargs="+", default=[None], help="default: the checkpoint's")
-    add("--interval", type=data.share, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide at these fractions of the times (default: the checkpoint's)")
-    add("--strict_interval", action=argparse.BooleanOptionalAction, help="without its ends")
-    add("--stochastic", type=data.non_negative_float, help="share of noise renewed per step")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of attention, MLP")
-    add("--autoencoder", help="folder or hub name (default: what the checkpoint names)")
-    add("--side", type=data.positive_int, help="crop pictures of --images and --reference to this")
-    add("--inception", help="weights in torch-fidelity's form (default: it downloads its own)")
-    add("--cache", type=Path, default=Path("runs/reference"), help="default runs/reference")
-    add("--plot", type=Path, help="PNG of FID over steps (default: fid.png beside the records)")
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--seed", type=data.natural, default=0, help="of the noise (default 0)")
+    add("--batch", default=100, help="pictures per pass (default 100)", **INTEGER)
+    add("--device", default="auto", help="auto (default: cuda, else cpu), cuda, mps or cpu")
+    with_shared = partial(commands.add_parser, parents=[shared], allow_abbrev=False)
 
     add = with_shared("consistency", help="one jump against two, by length").add_argument
     add("--checkpoint", type=Path, help="run folder or file (default: the newest run)")
     add("--data", dest="data_name", help="default: what the checkpoint was trained on")
-    add("-n", "--num", type=data.positive_int, default=200, help="pictures a row (default 200)")
+    add("-n", "--num", default=200, help="pictures a row (default 200)", **INTEGER)
 
     add = with_shared("clip", help="CLIP score of pictures and their captions").add_argument
     add("--images", type=Path, required=True, help="folder with captions.jsonl")
-    add("-n", "--num", type=data.positive_int, help="only the first so many")
+    add("-n", "--num", help="only the first so many", **INTEGER)
     add("--model", default="openai/clip-vit-large-patch14", help="default %(default)s")
 
     text = "updates, df/dt and sampling; takes the flags of train.py, too"
@@ -631,17 +622,21 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
     a, rest = parser.parse_known_args(argv)
     if rest and a.command != "speed":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return a, rest  # fmt: skip
+    return a, rest
 
 
 def main(argv=None) -> None:
     a, rest = parse_arguments(argv)
     flags = vars(a)
     command = flags.pop("command")
-    if command == "speed":
-        speed(train.parse_config(rest)[0], **flags)
+    if command == "fid":
+        fid(FidConfig(**flags))
+    elif command == "consistency":
+        consistency(**flags)
+    elif command == "clip":
+        clip(**flags)
     else:
-        {"fid": fid, "consistency": consistency, "clip": clip}[command](**flags)
+        speed(train.parse_config(rest)[0], **flags)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The network: a diffusion transformer that knows where it is (t) and how far it goes (t - r).
 
-Tensor names, shapes and numerics are those of the released TiM weights, so they load without renaming.
+Tensor names, shapes and numerics are those of the released TiM weights: they load as they are.
 
     B  batch          N  tokens         K  head size, D / H
     C  channels       D  width          L  caption tokens
@@ -8,7 +8,7 @@ Tensor names, shapes and numerics are those of the released TiM weights, so they
 
 Precision follows the weights: a Linear computes in the type its weight has. `lower_precision` puts
 attention and MLP in bf16; times, their embeddings, adaLN, the residual stream, the patch embedding
-and the last layer stay fp32, or a finite difference over time drowns in rounding. The output is fp32.
+and the last layer stay fp32, or a finite difference over time drowns in rounding.
 """
 
 from functools import lru_cache
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-SIZES = {  # adaln: hidden width of each block's modulation. XL's heads of 72 are padded in flash kernels
+SIZES = {  # adaln: hidden width of each block's modulation
     "demo": dict(depth=4, width=128, heads=4, adaln=64),
     "emoji": dict(depth=3, width=256, heads=4, adaln=64),
     "S": dict(depth=12, width=384, heads=6, adaln=128),
     "B": dict(depth=12, width=768, heads=12, adaln=256),
     "L": dict(depth=24, width=1024, heads=16, adaln=344),
-    "XL": dict(depth=28, width=1152, heads=16, adaln=384),
+    "XL": dict(depth=28, width=1152, heads=16, adaln=384),  # flash kernels pad its heads of 72
     "XL64": dict(depth=28, width=1152, heads=18, adaln=384),
 }
 
@@ -50,7 +50,7 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(K)) v, fused. q (B, H, N, K) -> same; mask broadcasts to (B, H, N, L).
 
     Fused attention has no forward-mode rule, so here is one: with P the softmax and P' its tangent,
-    dout = P' v + P dv, P' = P (S' - sum(P S')), S' = (dq k^T + q dk^T) / sqrt(K). N x L numbers a head.
+    dout = P' v + P dv, P' = P (S' - sum(P S')), S' = (dq k^T + q dk^T) / sqrt(K), each N x L.
     """
     (q, dq), (k, dk), (v, dv) = unpack(q), unpack(k), unpack(v)
     out = F.scaled_dot_product_attention(q, k, v, mask)
@@ -119,12 +119,12 @@ class LabelEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Features of a text encoder to cross-attention tokens of unit variance. (B, L, caption) -> (B, L, D)."""
+    """Features of text to tokens of unit variance. (B, L, caption) -> (B, L, D)."""
 
     def __init__(self, caption, width):
         super().__init__()
         self.norm, self.mlp = nn.LayerNorm(caption, eps=1e-5), SwiGLU(caption, 4 * width, width)
-        self.last = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)  # no weights, so it loads nothing
+        self.last = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)          # no weights
 
     def forward(self, features):
         return self.last(self.mlp(self.norm(features.to(self.norm.weight.dtype))))
@@ -132,10 +132,10 @@ class CaptionEmbedder(nn.Module):
 
 @lru_cache(maxsize=64)
 def rope_table(h, w, head, theta, layout, device):
-    """Rotation of each token by its position on an h x w grid: cos and sin, (h w, K/2) each, float32.
+    """Rotation of each token by its position on an h x w grid: cos and sin, (h w, K/2) float32.
 
-    The first half of the head turns with the column, the second with the row, each pair of numbers at
-    its own rate theta^(-2k / (K/2)). layout "grid": token n is at column n mod w, row n div w.
+    The first half of the head turns with the column, the second with the row, each pair of numbers
+    at its own rate theta^(-2k / (K/2)). layout "grid": token n is at column n mod w, row n div w.
     "released": n mod h and n div h, as the released weights were trained; differs off squares only.
     Worked out in float64 on the CPU: some devices have no float64.
     """
@@ -148,14 +148,15 @@ def rope_table(h, w, head, theta, layout, device):
 
 
 def rotate(x, rope):
-    """Turn the interleaved pairs (a, b) of each head by its token's angles: (B, H, N, K) -> same, in x's type."""
+    """Turn the interleaved pairs (a, b) of each head by its token's angles: (B, H, N, K) -> same"""
     cos, sin = rope
     pairs = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():           # which fuses real numbers and knows no complex ones
         a, b = pairs.unbind(-1)
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
     else:                                                    # one pass over memory instead of seven
-        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+        turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)
+        turned = torch.view_as_real(turned)
     return turned.flatten(-2).to(x.dtype)
 
 
@@ -205,18 +206,18 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to captions if any, and an MLP, each shifted, scaled, gated."""
+    """Self-attention, cross-attention if there are captions, MLP: each shifted, scaled, gated."""
 
     def __init__(self, width, heads, adaln, interval, caption):
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)  # no weights: one serves all branches
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)  # for all branches
         self.attn = Attention(width, heads, interval)
         self.cross_attn = CrossAttention(width, heads) if caption else None
         self.mlp = SwiGLU(width, 4 * width * 2 // 3, width)
         self.adaLN_modulation = SwiGLU(width, adaln, (9 if caption else 6) * width)
 
     def forward(self, x, c, d, rope, caption=None, mask=None):           # (B, N, D), (B, D), (B, D)
-        m = self.adaLN_modulation(c).unflatten(1, (-1, 1, x.shape[2])).unbind(1)  # 6 or 9 x (B, 1, D)
+        m = self.adaLN_modulation(c).unflatten(1, (-1, 1, x.shape[2])).unbind(1)  # 6 or 9 (B, 1, D)
         x = x + m[2] * self.attn(modulate(self.norm(x), m[0], m[1]), d, rope)
         if self.cross_attn is not None:
             x = x + m[5] * self.cross_attn(modulate(self.norm(x), m[3], m[4]), caption, mask, rope)
@@ -240,14 +241,14 @@ class TiM(nn.Module):
 
     channels, patch          C and p; heights and widths must be multiples of p
     depth, width, heads      of the transformer; adaln: hidden width of each block's modulation
-    classes | caption        class-conditional with so many classes, or features of text of this width
+    classes | caption        class-conditional with so many classes, or width of features of text
     predict                  what the output is read as, the paper's "f" or "x": `sample.network_f`
     shared_time              ablation: one time encoder for t and t - r
     interval_attention       False is the ablation without W_d
     rope_layout, rope_theta  see `rope_table`
     caption_mask             False: padding is seen too, as the released text weights were trained
-    projector                None or (tap depth, hidden, features): an MLP on the tokens after a block,
-                             for the alignment loss; runs with `aligned=True` only
+    projector                None or (tap depth, hidden, features): an MLP on the tokens after a
+                             block, for the alignment loss; runs with `aligned=True` only
     """
 
     def __init__(
@@ -270,9 +271,8 @@ class TiM(nn.Module):
             self.y_embedder = LabelEmbedder(classes, width)
         else:
             self.y_embedder = CaptionEmbedder(caption, width)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, adaln, interval_attention, caption is not None) for _ in range(depth)
-        )
+        sizes = width, heads, adaln, interval_attention, caption is not None
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels)
         if projector:
             self.tap, hidden, features = projector
@@ -284,10 +284,10 @@ class TiM(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Xavier for products, small normals for class table and times, zeros where a branch ends."""
+        """Xavier for products, small normals for classes and times, zeros where a branch ends."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten: a view, also of a kernel
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view, of a kernel too
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
@@ -303,9 +303,9 @@ class TiM(nn.Module):
         """Output (B, C, height, width) in fp32 (fp64 for fp64 weights); with `aligned` also tokens.
 
         x     (B, C, height, width), multiples of the patch; height and width may differ
-        t, r  (B,) float32 or float64: times as the network sees them (the transport's c_noise), r <= t
-        y     (B,) int64 in [0, classes], classes = no class; or caption features (B, L, caption), alone
-              or as a tuple with a mask (B, L) bool, True for real tokens
+        t, r  (B,) float32 or float64, r <= t, as the network sees them (the transport's c_noise)
+        y     (B,) int64 in [0, classes], classes = no class; or features of text (B, L, caption),
+              alone or as a tuple with a mask (B, L) bool, True for real tokens
         raises  ValueError for a size off the patch, TypeError for times of less than fp32
         """
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
@@ -333,12 +333,12 @@ class TiM(nn.Module):
                 tokens = self.projector(x)
         x = self.final_layer(x, c)                                                 # (B, h w, p p C)
         x = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (h, w))   # (B, h, w, p, p, C)
-        f = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, h * self.patch, w * self.patch)  # (B, C, h p, w p)
+        f = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                # (B, C, h p, w p)
         return (f, tokens) if aligned else f
 
 
 def lower_precision(model: TiM, dtype=torch.bfloat16) -> TiM:
-    """Put attention and MLP weights in `dtype`, in place, and leave in fp32 what must stay so. For inference."""
+    """Put attention and MLP in `dtype`, in place; the rest stays as it is. For inference."""
     for block in model.blocks:
         for part in (block.attn, block.cross_attn, block.mlp):
             if part is not None:

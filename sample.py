@@ -1,15 +1,14 @@
 """From a checkpoint to pictures, in any number of steps.
 
-    python sample.py --steps 1 2 128                     # newest run; a grid, a row per number of steps
+    python sample.py --steps 1 2 128               # newest run; a grid, a row per number of steps
     python sample.py --checkpoint runs/demo -n 1000 --steps 8 --out pictures
-    python sample.py --checkpoint c2i_model_256.safetensors --classes 207 360        # released weights
+    python sample.py --checkpoint c2i_model_256.safetensors --classes 207 360   # released weights
     python sample.py --checkpoint runs/emoji --prompts "red apple" "blue heart" --steps 1 8
     python sample.py --checkpoint runs/demo --image shoe.png --strength 0.6 --classes Sandal Bag
     python sample.py --checkpoint runs/demo --export demo.safetensors
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +35,16 @@ from transition import (
     step_coefficients,
 )  # fmt: skip
 
+NO_CONDITION = -1  # stands for no class and no text where a condition is a number
+
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
 def save(path: Path, state: dict[str, Tensor], config: dict) -> None:
-    """One safetensors file of weights with its configuration in the metadata; complete, or absent."""
+    """One safetensors file of weights, with their configuration as metadata; whole or absent."""
     aside = path.with_name(f"{path.name}.tmp")
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     try:
-        state = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file(state, aside, metadata={"tim": json.dumps(config)})
         os.replace(aside, path)
     except Exception as error:  # safetensors' own or the system's
@@ -50,18 +52,16 @@ def save(path: Path, state: dict[str, Tensor], config: dict) -> None:
 
 
 def load(path, device="cpu") -> tuple[TiM, Transport, dict]:
-    """The network of a checkpoint, in fp32 and evaluation mode, its transport and its configuration.
+    """Model (fp32, evaluation mode, no projector), transport and configuration of a checkpoint.
 
-    path     a run folder (its newest ema.safetensors), a file that `save` wrote, a released TiM file,
-             which is recognised by its tensors, or OWNER/REPO/FILE on the model hub
-    returns  model, transport, config; config holds "model" (arguments of TiM), "data" (a DataSpec as
-             JSON), "train" (a plain record) and "step". A projector, for training only, is left out
+    path     a run folder, a file that `save` wrote, a released file, or OWNER/REPO/FILE on the hub
+    returns  config has "model" (arguments of TiM), "data" (DataSpec as JSON), "train" and "step"
     raises   UserError if it is missing, cut short, not a TiM checkpoint, or its tensors do not fit
     """
     file = checkpoint_file(path)
     state, config = read_tensors(file, device)
-    config = config or recognise(state, file)
     try:
+        config = config or recognise(state, file)
         transport = TRANSPORTS[config["train"]["transport"]]
         with torch.device("meta"):
             model = TiM(**(config["model"] | {"projector": None}))
@@ -73,81 +73,81 @@ def load(path, device="cpu") -> tuple[TiM, Transport, dict]:
 
 
 def checkpoint_file(path) -> Path:
-    """The file behind a run folder, a file name or, where there is none, OWNER/REPO/FILE on the hub."""
-    file = Path(path) / "ema.safetensors" if Path(path).is_dir() else Path(path)
+    """The file of a run folder, a file as it is, or else OWNER/REPO/FILE from the hub."""
+    file = Path(path, "ema.safetensors") if Path(path).is_dir() else Path(path)
     on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)/(.+\.(?:safetensors|bin|pt|pth))", str(path))
     if on_hub and not file.is_file() and not file.parent.is_dir():
         try:
             from huggingface_hub import hf_hub_download
 
-            return Path(hf_hub_download(on_hub[1], on_hub[2]))
+            return Path(hf_hub_download(*on_hub.groups()))
         except Exception as error:  # no package, no network, no such file: they share no type
             why = str(error).strip().split("\n")[0]
             way = "pip install huggingface_hub, or download it and give its path"
-            raise UserError(f"--checkpoint {path}: not a file here, not from the hub ({why}); {way}") from error
-    require(file.is_file(), f"--checkpoint {path}: there is no {file}; run train.py, or mend the path")
+            raise UserError(f"--checkpoint {path}: not here, nor on the hub ({why}); {way}") from error
+    require(file.is_file(), f"--checkpoint {path}: there is no {file}; run train.py, or fix the path")
     return file
 
 
 def read_tensors(file: Path, device) -> tuple[dict, dict | None]:
-    """Tensors in fp32, cast one by one so that no second copy is held, and our configuration if any."""
+    """The tensors in fp32, without a projector's, and the configuration if `save` wrote the file.
+
+    Cast one by one, and the file opened for each, so that neither a copy nor its pages pile up.
+    """
+    state, config = {}, None
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
                 config = json.loads((f.metadata() or {}).get("tim", "null"))
                 names = list(f.keys())
-            state = {name: read_tensor(file, name, device) for name in names}
+            for name in names:
+                with safe_open(file, "pt") as f:
+                    state[name] = f.get_tensor(name).to(device, torch.float32)
         else:
-            config = None
             stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # no code
-            state = {name: stored.pop(name).to(device, torch.float32) for name in list(stored)}
+            for name in list(stored):
+                state[name] = stored.pop(name).to(device, torch.float32)
     except Exception as error:  # as many kinds as there are wrong files
         why = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(f"{file}: not a whole file of plain weights ({why}); get it again") from error
     return {k: v for k, v in state.items() if not k.startswith("projector.")}, config
 
 
-def read_tensor(file: Path, name: str, device) -> Tensor:
-    """One tensor in fp32. The file is closed after each, or all pages read so far would stay in memory."""
-    with safe_open(file, "pt") as f:
-        return f.get_tensor(name).to(device, torch.float32)
-
-
 def recognise(state: dict[str, Tensor], file) -> dict:
-    """The configuration of a released file, from its tensors: all were trained on otfm, predicting f.
+    """The configuration of a released file, from its tensors: all trained on otfm, predicting f.
 
-    The latents' side is not in the file: 32 for 4 channels (256 px), 16 for 32 (512 px), as released.
-    Guidance and its interval, without the ends, are the authors'.
+    Not in the file: the latents' side, 32 for 4 channels (256 px) and 16 for 32 (512 px), and the
+    authors' guidance and interval (without its ends). KeyError if a tensor is missing.
     """
-
-    def size(name, axis=0):
-        require(name in state, f"{file}: no TiM network, it has no {name}; give a file of train.py or TiM's")
-        return state[name].shape[axis]
-
-    width, channels, patch = (size("x_embedder.proj.weight", axis) for axis in (0, 1, 2))
+    known = "x_embedder.proj.weight" in state
+    require(known, f"{file}: no TiM network, it has no x_embedder.proj.weight; give another file")
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     model = {
-        "channels": channels,
-        "patch": patch,
-        "width": width,
+        "channels": channels, "patch": patch, "width": width,
         "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        "heads": width // size("blocks.0.attn.q_norm.weight"),
-        "adaln": size("blocks.0.adaLN_modulation.fc1_g.weight"),
+        "heads": width // len(state["blocks.0.attn.q_norm.weight"]),
+        "adaln": len(state["blocks.0.adaLN_modulation.fc1_g.weight"]),
         "shared_time": "delta_embedder.mlp.0.weight" not in state,
         "interval_attention": "blocks.0.attn.qkv_d.weight" in state,
-    }
-    name, scale = data.BY_CHANNELS.get(channels, ("", 1.0))
+    }  # fmt: skip
     side, guidance, high = (32, 2.5, 0.6) if channels == 4 else (16, 3.0, 0.7)
-    spec = DataSpec("latents", (channels, side, side), autoencoder=name, scale=scale)
-    spec = replace(spec, factor=data.FACTORS.get(name, 1))
+    classes, text = (), None
     if "y_embedder.mlp.fc2.weight" in state:
-        caption, guidance, high = size("y_embedder.norm.weight"), 2.5, 1.0
+        caption, guidance, high = len(state["y_embedder.norm.weight"]), 2.5, 1.0
         model |= {"caption": caption, "rope_layout": "released", "caption_mask": False}
-        spec = replace(spec, text={"encoder": data.GEMMA, "length": 256, "width": caption})
+        text = {"encoder": data.GEMMA, "length": 256, "width": caption}
     else:
-        model["classes"] = size("y_embedder.embedding_table.weight") - 1
-        spec = replace(spec, classes=tuple(str(i) for i in range(model["classes"])))
-    train = {"transport": "otfm", "drop": 0.1, "guidance": guidance, "guidance_low": 0.0}
-    train |= {"guidance_high": high, "guidance_strict": True}
+        model["classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
+        classes = tuple(str(i) for i in range(model["classes"]))
+    name, scale = data.BY_CHANNELS.get(channels, ("", 1.0))
+    spec = DataSpec(
+        "latents", (channels, side, side), classes=classes, text=text, autoencoder=name,
+        scale=scale, factor=data.FACTORS.get(name, 1),
+    )  # fmt: skip
+    train = {
+        "transport": "otfm", "drop": 0.1, "guidance": guidance, "guidance_low": 0.0,
+        "guidance_high": high, "guidance_strict": True,
+    }  # fmt: skip
     return {"model": model, "data": spec.to_json(), "train": train, "step": None}
 
 
@@ -161,25 +161,20 @@ def newest(runs="runs") -> Path:
 # --- The sampler ----------------------------------------------------------------------------------
 
 
-NO_CONDITION = -1  # stands for no class and no text where a condition is a number
-
-
 def network_f(model: TiM, transport: Transport, texts=None):
-    """The paper's f(x_t, t, r, y) of a TiM: training, guidance, sampling and figures all go through it.
+    """The paper's f(x_t, t, r, y) of a TiM, for training, guidance, sampling and figures alike.
 
-    It shows the network c_noise of the times and, with `texts` (data.Texts), the features of captions
-    for their numbers; a network that predicts x has its output turned into f (`output_from_x`).
-    returns  a function (x_t, t, r, y, aligned=False) -> f (B, C, H, W); with aligned, f and tokens.
+    The network sees c_noise of the times and, with `texts` (data.Texts), the features of captions
+    for their numbers; if it predicts x, its output is turned into f.
+    returns  a function (x_t, t, r, y, aligned=False) -> f (B, C, H, W); with aligned, f and tokens
     """
 
     def f(x_t, t, r, y, aligned=False):
         if texts:
-            condition = texts(y % (texts.null + 1))  # no condition is the last number
+            y = texts(y % (texts.null + 1))  # NO_CONDITION becomes the last number
         elif model.classes is not None:
-            condition = y % (model.classes + 1)
-        else:
-            condition = y
-        seen = (x_t, transport.c_noise(t), transport.c_noise(r), condition)
+            y = y % (model.classes + 1)
+        seen = x_t, transport.c_noise(t), transport.c_noise(r), y
         out, tokens = model(*seen, aligned=True) if aligned else (model(*seen), None)
         if model.predict == "x":
             out = output_from_x(transport, out, x_t, t)
@@ -189,26 +184,27 @@ def network_f(model: TiM, transport: Transport, texts=None):
 
 
 def initial_noise(shape, seed: int, indices, device="cpu", *step: int) -> Tensor:
-    """N(0, I), (n, *shape) float32: of picture i a function of (seed, i), and of the step if given."""
+    """N(0, I), (n, *shape) float32: a function of seed and index, and of the step if given."""
     noise = [torch.randn(*shape, generator=data.rng(seed, i, *step)) for i in indices]
     return torch.stack(noise).to(device)
 
 
-def sampling_times(transport: Transport, steps, shift: float = 1.0, start: float = 1.0) -> Tensor:
-    """Falling times, float64 on the CPU: `steps` equal ones (then shifted), or the given list itself.
-
-    start  where a number of steps begins, as a fraction of the transport's range.
-    raises UserError for fewer than 1 step, or times that do not fall within the range.
-    """
+def sampling_times(transport: Transport, steps, shift=1.0, strength=1.0) -> Tensor:
+    """Falling times, float64 on the CPU: equal `steps` from a fraction `strength` of the range down
+    to its end, then shifted; or the list `steps` itself. UserError if they do not fit."""
     low, high = transport.t_min, transport.t_max
     if isinstance(steps, (int, np.integer)):
         require(steps >= 1, f"--steps {steps}: a sample takes at least 1 step")
-        times = torch.linspace(low + start * (high - low), low, int(steps) + 1, dtype=torch.float64)
-        return shift_times(transport, times, shift)
-    times = torch.as_tensor(steps, dtype=torch.float64)
-    falls = len(times) > 1 and bool((times.diff() < 0).all()) and times[0] <= high and times[-1] >= low
+        first = low + strength * (high - low)
+        times = torch.linspace(first, low, int(steps) + 1, dtype=torch.float64)
+        times = shift_times(transport, times, shift)
+        if strength == 1:
+            times[0] = high  # which a shift below 1/2 rounds
+    else:
+        times = torch.as_tensor(steps, dtype=torch.float64)
     rule = f"must fall, within [{low:g}, {high:g}] of {transport.name!r}"
-    require(falls, f"times {times.tolist()} {rule}")
+    falls = len(times) > 1 and bool((times.diff() < 0).all())
+    require(falls and times[0] <= high and times[-1] >= low, f"times {times.tolist()} {rule}")
     return times
 
 
@@ -216,7 +212,8 @@ def sampling_times(transport: Transport, steps, shift: float = 1.0, start: float
 def generate(
     model: TiM, transport: Transport, z: Tensor, y, steps, guidance: float = 1.0, *,
     interval=(0.0, 1.0), strict=False, null=None, shift=1.0, stochastic=0.0, local=False,
-    noise: Callable[[int], Tensor] | None = None, start: Tensor | None = None, trace=None,
+    noise: Callable[[int], Tensor] | None = None, start: Tensor | None = None, strength=1.0,
+    trace: list | None = None,
 ) -> Tensor:  # fmt: skip
     """Carry noise to data: x_r = A x_t + B f, once per step.
 
@@ -224,17 +221,18 @@ def generate(
     y           condition of the model, (B,) classes or a tuple (features, mask)
     steps       a number of equal steps in t, or falling times; the first is t_max without `start`
     guidance    g: f = f_null + g (f_cond - f_null), one pass of twice the batch, where t lies in
-                `interval`, fractions of the transport's range with both ends; `strict`: without them
+                `interval`, fractions of the transport's range with the ends; `strict`: without
     null        the condition that stands for none; default the no-class row
     shift       of a number of steps, see `shift_times`
-    stochastic  s >= 0, otfm only: the share of noise renewed in every step but the first and the last,
+    stochastic  s >= 0, otfm only: share of noise renewed in every step but the first and the last,
                 with noise(k), (B, C, H, W) ~ N(0, I), for step k. Biased below about 50 steps
     local       show the network r = t at every step: for one that was trained on r = t alone
-    start       (B, C, H, W) clean: begin with it, noised by z to the first time
-    trace       a list that gets (t, r, network evaluations per picture) of each step: NFE is counted
+    start       (B or 1, C, H, W) clean: begin with it, noised by z to the first time, for a number
+                of steps the fraction `strength` of the range
+    trace       gets (t, r, network evaluations per picture) of each step: NFE is counted
     returns     (B, C, H, W), x at the last time. UserError for times that do not fit the transport
     """
-    times, t_max = sampling_times(transport, steps, shift), transport.t_max
+    times, t_max = sampling_times(transport, steps, shift, strength), transport.t_max
     if start is None:
         require(times[0] == t_max, f"times {times.tolist()}: must begin at {t_max:g}, or give `start`")
         x = z * float(transport.sigma(times[0]))
@@ -243,7 +241,7 @@ def generate(
     rule = f"is for 'otfm', this network was trained on {transport.name!r}"
     require(not stochastic or transport.name == "otfm", f"--stochastic {stochastic:g} {rule}")
     if null is None and guidance != 1:
-        require(model.classes is not None, "guidance of a text network needs `null`, features of no text")
+        require(model.classes is not None, "a text network is guided by `null`, features of no text")
         null = torch.full_like(y, model.classes)
     f_of = network_f(model, transport)
     low, high = (transport.t_min + share * (t_max - transport.t_min) for share in interval)
@@ -270,40 +268,34 @@ def generate(
     return x
 
 
-def sampling_options(
-    config: dict, guidance=None, interval=None, strict=None, stochastic=None, shift=None
-) -> dict:
+def sampling_options(config: dict, **given) -> dict:
     """How to sample a checkpoint, as keywords of `generate`: what is given, else what it says.
 
-    shift None: by the number of tokens drawn, where it was trained so (`Sampler.latents`).
-    raises  UserError for guidance of a network that knows no missing condition, and for bad values.
+    given   guidance, interval, strict, stochastic, shift; None is not given. Without a shift, it
+            follows from the number of tokens, where the network was trained so (`Sampler.latents`)
+    raises  UserError for guidance of a network that knows no missing condition, and for bad values
     """
-    trained = config["train"]
-    saved_interval = trained.get("guidance_low", 0.0), trained.get("guidance_high", 1.0)
+    train = config["train"]
     options = {
-        "guidance": trained["guidance"] if guidance is None else guidance,
-        "interval": saved_interval if interval is None else tuple(interval),
-        "strict": trained.get("guidance_strict", False) if strict is None else strict,
-        "stochastic": stochastic or 0.0,
-        "local": trained.get("share_diffusion") == 1,
-    }
-    low, high = options["interval"]
-    require(math.isfinite(options["guidance"]), f"--guidance {options['guidance']}: not a finite number")
-    require(0 <= low <= high <= 1, f"--interval {low:g} {high:g}: two rising fractions within 0 and 1")
+        "guidance": train["guidance"], "strict": train.get("guidance_strict", False),
+        "interval": (train.get("guidance_low", 0.0), train.get("guidance_high", 1.0)),
+        "stochastic": 0.0, "local": train.get("share_diffusion") == 1,
+    }  # fmt: skip
+    options |= {name: value for name, value in given.items() if value is not None}
+    options["interval"] = low, high = tuple(options["interval"])
+    guidance, transport = options["guidance"], TRANSPORTS[train["transport"]]
+    require(math.isfinite(guidance), f"--guidance {guidance}: not a finite number")
+    require(0 <= low <= high <= 1, f"--interval {low:g} {high:g}: two rising fractions in [0, 1]")
     rule = "the checkpoint was trained with --drop 0 and knows no missing condition; use 1"
-    require(options["guidance"] == 1 or trained["drop"], f"--guidance {options['guidance']:g}: {rule}")
-    if shift is not None:
-        try:
-            shift_times(TRANSPORTS[trained["transport"]], torch.ones(1), shift)
-        except ValueError as error:
-            raise UserError(f"--shift: {error}") from error
-        options["shift"] = shift
+    require(guidance == 1 or train["drop"], f"--guidance {guidance:g}: {rule}")
+    fits = options.get("shift", 1) == 1 or (transport.t_min, transport.t_max) == (0, 1)
+    require(fits, f"--shift: needs times in [0, 1], the network was trained on {transport.name!r}")
     return options
 
 
 @dataclass
 class Sampler:
-    """A checkpoint that is ready to draw: picture i is a function of (seed, i) and its condition."""
+    """A checkpoint that is ready to draw: picture i is a function of seed, i and its condition."""
 
     model: TiM
     transport: Transport
@@ -317,23 +309,19 @@ class Sampler:
     strength: float = 1.0
 
     def latents(self, indices, conditions, steps, seed: int, trace=None) -> Tensor:
-        """Samples in network space (n, C, H, W); conditions: class or prompt numbers, one an index."""
-        device = next(self.model.parameters()).device
-        shape, options = self.spec.shape, dict(self.options)
+        """Samples in network space (n, C, H, W); a class or prompt number for each index."""
+        device, shape = next(self.model.parameters()).device, self.spec.shape
+        noise = partial(initial_noise, shape, seed, indices, device)
+        tokens = shape[1] * shape[2] // self.model.patch**2
+        shift = resolution_shift(tokens, self.config["train"].get("shift", 0))
+        options = {"shift": shift, "noise": noise, "trace": trace} | self.options
+        options |= {"start": self.start, "strength": self.strength}
         y = torch.tensor(conditions, device=device)
         if self.texts:
             self.texts.fetch(y)
             options["null"] = self.texts(torch.full_like(y, self.texts.null))
             y = self.texts(y)
-        if self.start is not None:
-            options["start"] = self.start.to(device).expand(len(indices), -1, -1, -1)
-        tokens = shape[1] * shape[2] // self.model.patch**2
-        by_tokens = resolution_shift(tokens, self.config["train"].get("shift", 0))
-        times = sampling_times(self.transport, steps, options.pop("shift", by_tokens), self.strength)
-        z = initial_noise(shape, seed, indices, device)
-        renew = lambda k: initial_noise(shape, seed, indices, device, k)
-        how = options | {"trace": trace, "noise": renew}
-        return generate(self.model, self.transport, z, y, times, **how)
+        return generate(self.model, self.transport, noise(), y, steps, **options)
 
     def draw(self, indices, conditions, steps, seed: int) -> np.ndarray:
         """`latents`, decoded: uint8 (n, H, W, C)."""
@@ -344,35 +332,35 @@ class Sampler:
 
 
 def open_sampler(
-    path, device, precision="auto", *, prompts=None, autoencoder=None, text_encoder=None,
-    guidance=None, interval=None, strict=None, stochastic=None, shift=None,
-) -> Sampler:  # fmt: skip
+    path, device, precision="auto", *, prompts=None, autoencoder=None, text_encoder=None, **given
+) -> Sampler:
     """Load a checkpoint and what it draws with. What is None, the checkpoint says.
 
     prompts  the conditions of a text network; None: those that its training showed
-    autoencoder, text_encoder  folder or hub name, where the ones that the checkpoint names are elsewhere
+    autoencoder, text_encoder  folder or hub name, where what the checkpoint names is elsewhere
+    given    guidance, interval, strict, stochastic, shift: see `sampling_options`
     """
     model, transport, config = load(path)
-    options = sampling_options(config, guidance, interval, strict, stochastic, shift)
-    spec, texts, dtype = DataSpec.from_json(config["data"]), None, data.pick_dtype(device, precision)
-    record = options | {"weights": data.digest_file(checkpoint_file(path)), "step": config["step"]}
-    record |= {"precision": str(dtype), "autoencoder": autoencoder or spec.autoencoder}
+    options, spec = sampling_options(config, **given), DataSpec.from_json(config["data"])
+    dtype, texts = data.pick_dtype(device, precision), None
+    record = options | {
+        "weights": data.digest_file(checkpoint_file(path)), "step": config["step"],
+        "precision": str(dtype), "autoencoder": autoencoder or spec.autoencoder,
+    }  # fmt: skip
     if spec.text:
         prompts = list(prompts or spec.prompts)
-        require(prompts, f'{path} draws from text: give --prompts "a red apple" or --prompts_file FILE')
-        record["text_encoder"] = text_encoder or spec.text["encoder"]
-        padded, length = not model.caption_mask, spec.text["length"]
-        encoder = data.load_text_encoder(record["text_encoder"], device, length, padded)
+        require(prompts, f'{path} draws from text: give --prompts "a red apple" or --prompts_file')
+        name = text_encoder or spec.text["encoder"]
+        encoder = data.load_text_encoder(name, device, spec.text["length"], not model.caption_mask)
         width, known = encoder.spec["width"], config["model"]["caption"]
-        rule = f"features are {width} wide, {path} was trained with {known} of {spec.text['encoder']}"
-        require(width == known, f"--text_encoder {record['text_encoder']}: {rule}")
+        rule = f"{path} was trained with {known} of {spec.text['encoder']}"
+        require(width == known, f"--text_encoder {name}: features are {width} wide, {rule}")
         texts = data.Texts(data.Captions([[prompt] for prompt in prompts]), encoder, device)
+        record["text_encoder"] = name
     else:
         require(not prompts, f"--prompts: {path} was trained on classes; give --classes")
     decoder = data.Decoder(spec, device, autoencoder)
-    model.to(device)
-    if dtype == torch.bfloat16:
-        lower_precision(model)
+    lower_precision(model.to(device), dtype)
     return Sampler(model, transport, config, spec, decoder, texts, options, record)
 
 
@@ -386,35 +374,35 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--out: {folder} cannot be made ({error}); give another") from error
 
 
-def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, folder: Path) -> None:
+def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, folder: Path):
     """Draw jobs into a folder, shared over ranks; a file that is there is not drawn again.
 
-    jobs    (file name, index of the noise, condition) a picture; four of one file make a 2 x 2 mosaic
+    jobs    (file, index of the noise, condition) of each picture; four of one file: a mosaic
     folder  FOLDER.json beside it holds all that its pictures depend on, so that no settings mix
     """
     rank, world_size = data.ranks()
-    names = [sampler.condition_name(k) for k in dict.fromkeys(condition for _, _, condition in jobs)]
-    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
-    about = {"steps": steps, "seed": seed, "shape": list(sampler.spec.shape), "conditions": digest}
     make_folder(folder)
+    about = {"steps": steps, "seed": seed, "shape": list(sampler.spec.shape)}
     data.claim(Path(f"{folder}.json"), sampler.record | about)
-    each = len(jobs) // len({file for file, _, _ in jobs})                  # pictures a file, 1 or 4
-    size = max(each, batch // each * each)
-    parts = [jobs[k : k + size] for k in range(0, len(jobs), size)][rank::world_size]
+    files = {}
+    for file, index, condition in jobs:
+        files.setdefault(file, []).append((index, condition))
+    names, size = list(files), max(1, batch * len(files) // len(jobs))
+    parts = [names[k : k + size] for k in range(0, len(names), size)]
     with ThreadPoolExecutor(2) as pool:
         writes = []
-        for part in tqdm(parts, f"{steps} steps", disable=rank > 0):
-            todo = [job for job in part if not (folder / job[0]).exists()]
+        for part in tqdm(parts[rank::world_size], f"{steps} steps", disable=rank > 0):
+            todo = [name for name in part if not (folder / name).exists()]
             if not todo:
                 continue
-            files, indices, conditions = zip(*todo)
+            indices, conditions = zip(*(picture for name in todo for picture in files[name]))
             drawn = sampler.draw(indices, conditions, steps, seed)
-            for k in range(0, len(todo), each):
-                picture = drawn[k]
-                if each > 1:
-                    picture = data.grid(drawn[k : k + 4].reshape(2, 2, *drawn.shape[1:]), gap=0)
-                (folder / files[k]).parent.mkdir(parents=True, exist_ok=True)
-                writes.append(pool.submit(data.write_picture, picture, folder / files[k]))
+            for name, pictures in zip(todo, np.split(drawn, len(todo))):
+                picture = pictures[0]
+                if len(pictures) == 4:
+                    picture = data.grid(pictures.reshape(2, 2, *pictures.shape[1:]), gap=0)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                writes.append(pool.submit(data.write_picture, picture, folder / name))
         for write in writes:
             write.result()  # raises what the thread met
 
@@ -424,7 +412,7 @@ def numbered(n: int, conditions: list[int]) -> list[tuple[str, int, int]]:
     return [(f"{i:06}.png", i, conditions[i % len(conditions)]) for i in range(n)]
 
 
-def draw_grid(sampler: Sampler, conditions: list[int], steps: list[int], seed: int, path: Path) -> None:
+def draw_grid(sampler: Sampler, conditions: list[int], steps: list[int], seed: int, path: Path):
     """A row per number of steps, a column per condition, all rows from the same noise."""
     require(path.suffix == ".png", f"--out {path}: a grid is one .png file; or give -n for many")
     require(len(conditions) <= 100, f"{len(conditions)} columns are too many for a grid; give -n")
@@ -437,23 +425,24 @@ def draw_grid(sampler: Sampler, conditions: list[int], steps: list[int], seed: i
         data.write_picture(picture, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Benchmarks: prompts from their own files, pictures where their scorers look for them
+# --- Benchmarks: prompts from their own files, pictures where their scorers look for them ---------
 
 
-def read_benchmark(kind: str, source: Path) -> tuple[list[str], list[tuple[str, int, int]]]:
-    """Prompts and jobs of a benchmark, four pictures a prompt, one for mjhq.
+def read_benchmark(kind: str, source: Path) -> tuple[list[str], list[tuple], list[bytes]]:
+    """Prompts, jobs and, for geneval, metadata of a benchmark; four pictures a prompt, mjhq one.
 
     geneval  evaluation_metadata.jsonl, {"prompt", ...} a line: 00000/samples/00000.png to 00003.png
     dpg      a folder of .txt files: NAME.png, the four as a mosaic
     mjhq     meta_data.json, {key: {"category", "prompt"}}: category/key.jpg
     """
+    lines = []
     try:
         if kind == "geneval":
-            prompts = [json.loads(line)["prompt"] for line in benchmark_lines(source)]
-            files = [f"{i:05}/samples/{k:05}.png" for i in range(len(prompts)) for k in range(4)]
+            lines = [line for line in source.read_bytes().split(b"\n") if line.strip()]
+            prompts = [json.loads(line)["prompt"] for line in lines]
+            files = [f"{i:05}/samples/{k:05}.png" for i in range(len(lines)) for k in range(4)]
         elif kind == "dpg":
-            texts = sorted(file for file in source.iterdir() if file.suffix == ".txt")
+            texts = sorted(source.glob("*.txt"))
             prompts = [file.read_text("utf-8").removesuffix("\n") for file in texts]
             files = [f"{file.stem}.png" for file in texts for k in range(4)]
         else:
@@ -464,19 +453,13 @@ def read_benchmark(kind: str, source: Path) -> tuple[list[str], list[tuple[str, 
         require(prompts and inside, f"--prompts {source}: no prompts, or files outside of --out")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--prompts {source}: not the prompts of {kind} ({error!r})") from error
-    return prompts, [(file, i, i * len(prompts) // len(files)) for i, file in enumerate(files)]
+    return prompts, [(f, i, i * len(prompts) // len(files)) for i, f in enumerate(files)], lines
 
 
-def benchmark_lines(source: Path) -> list[bytes]:
-    return [line for line in source.read_bytes().split(b"\n") if line.strip()]
-
-
-def finish_geneval(folder: Path, source: Path) -> None:
-    """grid.png and the original line as metadata.jsonl of each prompt whose four pictures are there.
-
-    Every rank does this at its end: the last one finds all.
-    """
-    for i, line in enumerate(benchmark_lines(source)):
+def finish_geneval(folder: Path, lines: list[bytes]) -> None:
+    """grid.png, and the line as metadata.jsonl, of each prompt whose four pictures are there: every
+    rank does this at its end, so the last one finds all."""
+    for i, line in enumerate(lines):
         prompt = folder / f"{i:05}"
         four = [prompt / "samples" / f"{k:05}.png" for k in range(4)]
         if all(file.is_file() for file in four) and not (prompt / "grid.png").is_file():
@@ -490,56 +473,47 @@ def finish_geneval(folder: Path, source: Path) -> None:
 
 
 def parse_arguments(argv=None):
-    form = argparse.RawTextHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=form)
-    add = p.add_argument
-    add("--checkpoint", help="run folder, file, or OWNER/REPO/FILE on the hub (default: newest run)")
-    add("--steps", type=data.positive_int, nargs="+", default=[1, 2, 8], help="default 1 2 8")
+    p = argparse.ArgumentParser(
+        description=__doc__, usage="sample.py [--FLAG VALUE ...]", allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )  # fmt: skip
+    add, on_off, positive = p.add_argument, argparse.BooleanOptionalAction, data.positive_int
+    add("--checkpoint", help="run folder, file or OWNER/REPO/FILE on the hub (default: newest run)")
+    add("--steps", type=positive, nargs="+", default=[1, 2, 8], help="default 1 2 8")
     add("--classes", nargs="+", help="numbers or names (default: the first ten; all with -n)")
     add("--prompts", nargs="+", help='texts (default: of the training); "" is no text')
     add("--prompts_file", type=Path, help="file with a text per line")
-    add("--guidance", type=float, help="1 = off (default: the checkpoint's)")
-    add("--interval", type=data.share, nargs=2, metavar=("LOW", "HIGH"),
-        help="guide at these fractions of the times, ends included (default: the checkpoint's)")
-    add("--strict_interval", action=argparse.BooleanOptionalAction,
-        help="leave the ends of the interval out (default: the checkpoint's)")
-    add("--stochastic", type=data.non_negative_float,
-        help="share of noise renewed per step, otfm only, for 50 steps or more (default 0)")
+    add("--guidance", type=float, help="1 = off (default: the checkpoint's, as for the next two)")
+    add("--interval", type=data.share, nargs=2, metavar=("LOW", "HIGH"), help="guided times, 0 to 1")
+    add("--strict_interval", action=on_off, help="leave the ends of the interval out")
+    add("--stochastic", type=data.non_negative_float, help="noise renewed; for otfm, >= 50 steps")
     add("--shift", type=data.positive_float, help="of the times (default: as trained)")
     add("--seed", type=data.natural, default=0, help="of the noise (default 0)")
-    add("-n", "--num", type=data.positive_int, help="write so many pictures into --out, no grid; under "
-        "torchrun say -n\n(--num is its own); run again to go on")
-    add("--out", type=Path, help="grid PNG (default samples.png), or the folder for -n and --bench")
-    add("--batch", type=data.positive_int, default=100, help="pictures per pass (default 100)")
+    add("-n", "--num", type=positive, help="so many pictures into --out (with torchrun, say -n)")
+    add("--out", type=Path, help="grid PNG (default samples.png); folder for -n and --bench")
+    add("--batch", type=positive, default=100, help="pictures per pass (default 100)")
     add("--image", type=Path, help="start from this picture, noised to --strength")
-    add("--strength", type=data.share, default=0.6, help="fraction of the times (default 0.6)")
-    add("--size", type=data.positive_int, nargs=2, metavar=("H", "W"), help="pixels (default: as trained)")
+    add("--strength", type=data.share, help="fraction of the times to begin at (default 0.6)")
+    add("--size", type=positive, nargs=2, metavar=("H", "W"), help="pixels (default: as trained)")
     add("--autoencoder", help="folder or hub name (default: what the checkpoint names)")
     add("--text_encoder", help="folder or hub name (default: what the checkpoint names)")
-    add("--bench", choices=("geneval", "dpg", "mjhq"),
-        help="draw a benchmark: --prompts is its file (dpg: folder), --out what its scorer reads")
+    add("--bench", choices=("geneval", "dpg", "mjhq"), help="with --prompts FILE (dpg: FOLDER)")
     add("--export", type=Path, metavar="FILE", help="write one .safetensors file, and stop")
     add("--device", default="auto", help="auto (default: cuda, else cpu), cuda, mps or cpu")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="of attention and MLP; auto (default) = bf16 on GPUs that have it")
-    return p.parse_args(argv)  # fmt: skip
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs")
+    return p.parse_args(argv)
 
 
 def class_numbers(asked: list[str] | None, known: tuple[str, ...], many: bool) -> list[int]:
     """Numbers of classes that were asked for by number or name; by default all, ten for a grid."""
     if asked is None:
         return list(range(len(known) if many else min(10, len(known))))
-    names, numbers = [name.casefold() for name in known], []
+    numbers = {str(i): i for i in range(len(known))}
+    numbers |= {known[i].casefold(): i for i in reversed(range(len(known)))}  # of equals, the first
+    rule = f"classes are 0 to {len(known) - 1}, or names: {', '.join(known[:12])}"
     for text in asked:
-        if text.casefold() in names:
-            number = names.index(text.casefold())
-        else:
-            number = int(text) if text.isdecimal() else -1
-        some = ", ".join(known[:12])
-        rule = f"classes are 0 to {len(known) - 1}, or names: {some}"
-        require(0 <= number < len(known), f"--classes {text}: {rule}")
-        numbers.append(number)
-    return numbers
+        require(text.casefold() in numbers, f"--classes {text}: {rule}")
+    return [numbers[text.casefold()] for text in asked]
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -551,17 +525,16 @@ def read_prompts(file: Path) -> list[str]:
 
 def resized(sampler: Sampler, size: list[int]) -> DataSpec:
     """The spec for pictures of another size, (height, width) in pixels, than trained at."""
-    step = sampler.spec.factor * sampler.model.patch
+    spec, step = sampler.spec, sampler.spec.factor * sampler.model.patch
     nearest = [max(1, round(side / step)) * step for side in size]
     rule = f"sides must be multiples of {step}; the nearest is {nearest[0]} {nearest[1]}"
     require(nearest == size, f"--size {size[0]} {size[1]}: {rule}")
-    height, width = (side // sampler.spec.factor for side in size)
-    return replace(sampler.spec, shape=(sampler.spec.shape[0], height, width))
+    return replace(spec, shape=(spec.shape[0], size[0] // spec.factor, size[1] // spec.factor))
 
 
 def main(argv=None):
     a = parse_arguments(argv)
-    path, device = a.checkpoint or newest(), data.open_device(a.device)
+    path, device, first = a.checkpoint or newest(), data.open_device(a.device), data.ranks()[0] == 0
     if a.export:
         require(a.export.suffix == ".safetensors", f"--export {a.export}: name a .safetensors file")
         model, _, config = load(path)
@@ -570,12 +543,12 @@ def main(argv=None):
         return
     require(a.out or not (a.num or a.bench), "-n and --bench write many pictures; give --out FOLDER")
     require(not (a.prompts and a.prompts_file), "--prompts and --prompts_file: give one of them")
+    require(a.image or a.strength is None, f"--strength {a.strength}: only with --image PICTURE")
     prompts = read_prompts(a.prompts_file) if a.prompts_file else a.prompts
     if a.bench:
-        given = a.prompts and len(a.prompts) == 1 and not a.num and not a.prompts_file
-        require(given, f"--bench {a.bench}: give --prompts FILE (dpg: FOLDER) alone, without -n")
-        source = Path(prompts[0])
-        prompts, jobs = read_benchmark(a.bench, source)
+        alone = a.prompts and len(a.prompts) == 1 and not a.num
+        require(alone, f"--bench {a.bench}: give --prompts FILE (dpg: FOLDER) alone, without -n")
+        prompts, jobs, metadata = read_benchmark(a.bench, Path(a.prompts[0]))
     sampler = open_sampler(
         path, device, a.precision, prompts=prompts, autoencoder=a.autoencoder,
         text_encoder=a.text_encoder, guidance=a.guidance, interval=a.interval,
@@ -585,8 +558,8 @@ def main(argv=None):
         sampler.spec = resized(sampler, a.size)
     if a.image:
         sampler.start = data.encode_picture(a.image, sampler.spec, device, a.autoencoder)
-        sampler.strength = a.strength
-        sampler.record |= {"image": data.digest_file(a.image), "strength": a.strength}
+        sampler.strength = 0.6 if a.strength is None else a.strength
+        sampler.record |= {"image": data.digest_file(a.image), "strength": sampler.strength}
     if a.stochastic and min(a.steps) < 50:
         print(f"note: --stochastic {a.stochastic:g} is biased at few steps (variance +11% at 4)")
     step, guidance = sampler.config["step"], sampler.options["guidance"]
@@ -597,23 +570,26 @@ def main(argv=None):
         conditions = list(range(sampler.texts.null))
     else:
         conditions = class_numbers(a.classes, sampler.spec.classes, a.num is not None)
+    names = [sampler.condition_name(k) for k in conditions]
     if not (a.num or a.bench):
         out = a.out or Path("samples.png")
         draw_grid(sampler, conditions, a.steps, a.seed, out)
-        print(f"{out}: rows of {a.steps} steps, columns {', '.join(map(sampler.condition_name, conditions))}")
+        print(f"{out}: rows of {a.steps} steps, columns {', '.join(names)}")
         return
     if not a.bench:
         jobs = numbered(a.num, conditions)
+    sampler.record["conditions"] = data.Captions([[name] for name in names]).digest()
     for steps in a.steps:
         folder = a.out / f"steps_{steps}" if len(a.steps) > 1 else a.out
         write_pictures(sampler, jobs, steps, a.seed, a.batch, folder)
-        if sampler.texts and data.ranks()[0] == 0:
-            lines = ({"image_file": file, "captions": [sampler.condition_name(k)]} for file, _, k in jobs)
+        if a.bench == "geneval":
+            finish_geneval(folder, metadata)
+        if first and sampler.texts:
+            lines = ({"image_file": file, "captions": [names[k]]} for file, _, k in jobs)
             text = "".join(json.dumps(line) + "\n" for line in lines)
             data.write_text(folder / "captions.jsonl", text)
-        if a.bench == "geneval":
-            finish_geneval(folder, source)
-        print(f"{folder}: {len(jobs)} pictures at {steps} steps")
+        if first:
+            print(f"{folder}: {len(jobs)} pictures at {steps} steps")
 
 
 if __name__ == "__main__":

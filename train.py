@@ -39,9 +39,9 @@ from data import DataSpec, UserError, require
 from model import SIZES, TiM, lower_precision
 from sample import NO_CONDITION, Sampler, draw_grid, load, network_f, sampling_options, save
 from transition import (
-    KERNELS, TAUS, TRANSPORTS, TimeMixture, Transport, adaptive, cat, check_weight, exact_derivative,
-    expand, finite_difference, fixed_diffusion, guided_pair, interpolate, resolution_shift, sample_loss,
-    sample_times, shift_times, solve, time_weight, transition_target,
+    KERNELS, TAUS, TRANSPORTS, TimeMixture, Transport, adaptive, cat, check_weight,
+    exact_derivative, expand, finite_difference, fixed_diffusion, guided_pair, interpolate,
+    resolution_shift, sample_loss, sample_times, shift_times, solve, time_weight, transition_target,
 )  # fmt: skip
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ class Config:
     data: str = opt("demo", "demo, emoji, fashion, mnist, cifar10, cifar100, random, or a folder:\n"
         "latents of data.py encode, pictures in a folder per class, or pictures with captions")
     text_encoder: str = opt("bytes", "of captions: bytes, or a folder or hub name of transformers")
-    autoencoder: str = opt("", "latents must be of this autoencoder: sd-vae, dc-ae or a folder; any")
+    autoencoder: str = opt("", "latents must be of this autoencoder: sd-vae, dc-ae, a folder")
     mirror: bool | None = opt(None, "mirror pictures at random; default: class folders, cifar")
     channels: int = opt(0, "channels of the data; 0 = theirs", NATURAL)
     side: int = opt(0, "height and width of the data; 0 = theirs, 64 for folders", NATURAL)
@@ -81,16 +81,16 @@ class Config:
     share_diffusion: float = opt(0.5, "share of samples with r = t", SHARE)
     share_consistency: float = opt(0.1, "share of samples with r = t_min", SHARE)
     time_mean: float | None = opt(None, "mean of the draw of times; default the transport's")
-    time_std: float | None = opt(None, "deviation of the draw of times; default the transport's", FLOAT)
+    time_std: float | None = opt(None, "deviation of that draw; default the transport's", FLOAT)
     diffusion_at: str = opt("later", "of its two draws, the time of a sample with r = t",
         choices=("later", "one", "earlier"))
     shift: int = opt(0, "shift times by sqrt(tokens / this); 0 = never", NATURAL)
-    derivative: str = opt("dde", "df/dt by difference or by forward-mode autodiff", choices=("dde", "jvp"))
-    tangent: str = opt("data", "df/dt along the path of the data's (x, eps), as in the paper, or of the\n"
-        "pair that the network sees at (t, t)", choices=("data", "network"))
+    derivative: str = opt("dde", "df/dt by difference or by autodiff", choices=("dde", "jvp"))
+    tangent: str = opt("data", "df/dt along the path of the data's pair (x, eps), as in\n"
+        "the paper, or of the pair that the network sees at (t, t)", choices=("data", "network"))
     h: float = opt(0.0, "half width of the difference; 0 = .001 in fp32, .01 in bf16", NOT_NEGATIVE)
     tau: str = opt("tan", "interval weighting: function of time", choices=tuple(TAUS))
-    kernel: str = opt("sqrt", "interval weighting: function of tau(t) - tau(r)", choices=tuple(KERNELS))
+    kernel: str = opt("sqrt", "interval weighting: of tau(t) - tau(r)", choices=tuple(KERNELS))
     weight_sigma: float = opt(1.0, "interval weighting: sigma of the kernel", NOT_NEGATIVE)
     cosine: bool = opt(True, "add 1 - cosine over channels to the loss")
     adaptive: bool = opt(True, "divide each sample's loss by itself")
@@ -98,8 +98,8 @@ class Config:
     guide_cond: float = opt(0.0, "guidance in the target: weight of the conditional prediction")
     guide_low: float = opt(0.0, "guidance in the target from this fraction of the times", SHARE)
     guide_high: float = opt(1.0, "guidance in the target up to this fraction", SHARE)
-    align: float = opt(0.0, "weight of the loss that aligns tokens with image features", NOT_NEGATIVE)
-    align_depth: int = opt(8, "block whose tokens are aligned; the authors: 4 for B, 8 for XL", POSITIVE)
+    align: float = opt(0.0, "weight of the loss that aligns tokens with features", NOT_NEGATIVE)
+    align_depth: int = opt(8, "block that is aligned; the authors: 4 for B, 8 for XL", POSITIVE)
     drop: float = opt(0.1, "share of conditions dropped", SHARE)
     init: str = opt("", "start from the weights of this run folder, file or hub name")
     init_anyway: bool = opt(False, "allow --init from another transport or prediction")
@@ -112,10 +112,10 @@ class Config:
     beta2: float = opt(0.95, "AdamW's second beta", SHARE)
     weight_decay: float = opt(0.01, "AdamW's weight decay", NOT_NEGATIVE)
     clip: float = opt(1.0, "largest gradient norm", FLOAT)
-    ema: float = opt(0.9999, "decay of the averaged weights, approached as (1 + n) / (10 + n)", SHARE)
+    ema: float = opt(0.9999, "decay of the averaged weights, from (1 + n) / (10 + n)", SHARE)
     precision: str = opt("auto", "of attention and MLP; auto = bf16 on GPUs that have it",
         choices=("auto", "fp32", "bf16"))
-    replicate: int = opt(1, "copies of the sharded network; must divide the number of ranks", POSITIVE)
+    replicate: int = opt(1, "copies of the sharded network, dividing the ranks", POSITIVE)
     checkpointing: bool = opt(False, "recompute each block's activations in the backward pass")
     compile: bool = opt(False, "compile the blocks")
     device: str = opt("auto", "auto = cuda, else cpu; or cuda, mps, cpu",
@@ -124,7 +124,7 @@ class Config:
     runs: str = opt("runs", "folder of the run folders")
     seed: int = opt(0, "of weights, data order, noise and times", NATURAL)
     log_every: int = opt(50, "updates per log line", POSITIVE)
-    save_every: int = opt(1000, "updates per checkpoint; one is written at the end anyway", POSITIVE)
+    save_every: int = opt(1000, "updates per checkpoint; the end has one, too", POSITIVE)
     keep: int = opt(2, "newest checkpoints to keep", POSITIVE)
     keep_every: int = opt(0, "also keep checkpoints at multiples of this; 0 = none", NATURAL)
     tensorboard: bool = opt(False, "write tensorboard events into the run folder, too")
@@ -148,14 +148,14 @@ LATENT_512 = {"data": "latents/imagenet512", "autoencoder": "dc-ae", "channels":
               "patch": 1, "guidance": 3.0, "guidance_high": 0.7}
 GUIDED = {"guide_gt": 1.0, "guide_cond": 0.75, "guide_low": 0.3, "guide_high": 0.8, "guidance": 1.0}
 SMALL = Config(
-    time_mean=0.0, time_std=1.6, cosine=False, predict="x", tangent="network", guide_gt=2.0, ema=0.998,
-    decay=0.2, log_every=20,
+    time_mean=0.0, time_std=1.6, cosine=False, predict="x", tangent="network", guide_gt=2.0,
+    ema=0.998, decay=0.2, log_every=20,
 )
 PRESETS = {
-    "demo": replace(SMALL, patch=7, steps=1500, batch=64, lr=4e-3),
+    "demo": replace(SMALL, patch=7, steps=1500, batch=64, lr=3e-3),
     "emoji": replace(SMALL, data="emoji", size="emoji", patch=8, steps=2800, batch=32, lr=1.5e-3),
-    # 256 tokens, 512 epochs: 1.4 hours of one H100 at 40% of its bf16 peak, computed from 4.5 forward
-    # passes of 17 GFLOPs a picture, not yet measured
+    # 256 tokens, 512 epochs: 1.4 hours of one H100 at 40% of its bf16 peak, computed from 4.5
+    # forward passes of 17 GFLOPs a picture, not yet measured
     "cifar10": replace(
         SMALL, data="cifar10", channels=3, side=32, classes=10, size="S", patch=2, steps=100_000,
         batch=256, lr=6e-4, warmup=1000, ema=0.9999, cosine=True, guide_gt=1.0, compile=True,
@@ -174,9 +174,9 @@ PRESETS = {
     ),
 }  # fmt: skip
 FREE = set(  # what a resumed run may change: a data set is compared by its contents
-    "data steps log_every save_every sample_every keep keep_every guidance guidance_low guidance_high "
-    "guidance_strict device compile runs name tensorboard init init_anyway checkpointing replicate "
-    "accumulate".split()
+    "data steps log_every save_every sample_every keep keep_every guidance guidance_low "
+    "guidance_high guidance_strict device compile runs name tensorboard init init_anyway "
+    "checkpointing replicate accumulate".split()
 )
 
 
@@ -190,10 +190,11 @@ def parse_config(argv=None) -> tuple[Config, int]:
     preset = PRESETS[first.parse_known_args(argv)[0].config]
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=form, parents=[first]
-    )
+        description=__doc__, usage="train.py [--config PRESET] [--FIELD VALUE ...]",
+        allow_abbrev=False, formatter_class=form, parents=[first],
+    )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="say what it would take, and stop")
-    parser.add_argument("--world_size", type=POSITIVE, default=1, help="ranks of --dry_run (default 1)")
+    parser.add_argument("--world_size", type=POSITIVE, default=1, help="of --dry_run (default 1)")
     group = parser
     for f in fields(Config):
         if f.name in GROUPS:
@@ -209,7 +210,7 @@ def parse_config(argv=None) -> tuple[Config, int]:
     name, dry_run, world_size = (given.pop(k) for k in ("config", "dry_run", "world_size"))
     if given.get("data", preset.data) != preset.data and not preset.channels:
         # other data than those that the preset was made for: what depends on them is found anew
-        name = "_".join(Path(given["data"]).parts[-1:]) or name
+        name = Path(given["data"]).name or name
         preset = replace(preset, patch=0, batch=0, sample_every=250)
     if TRANSPORTS[given.get("transport", preset.transport)].mean is None:
         preset = replace(preset, time_mean=None, time_std=None)
@@ -221,17 +222,18 @@ def check(cfg: Config) -> Config:
     """Raise UserError for values that cannot work together, before anything is built."""
     transport = TRANSPORTS[cfg.transport]
     for name, value in asdict(cfg).items():
-        require(not isinstance(value, float) or math.isfinite(value), f"--{name} {value}: not a finite number")
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(finite, f"--{name} {value}: not a finite number")
     total = cfg.share_diffusion + cfg.share_consistency
     require(total <= 1, f"--share_diffusion plus --share_consistency is {total:g}: at most 1")
     guides = (cfg.guide_gt, cfg.guide_cond) != (1, 0)
-    require(cfg.drop or not guides, "guidance in the target needs dropped conditions: give --drop 0.1")
+    require(cfg.drop or not guides, "guidance in the target needs a dropped condition: --drop 0.1")
     plain = "/" not in cfg.name and not cfg.name.startswith(".")
     require(plain, f"--name {cfg.name}: one folder name, without / or a leading dot")
     installed = not cfg.tensorboard or importlib.util.find_spec("tensorboard")
     require(installed, "--tensorboard needs the package: pip install tensorboard")
     drawn = cfg.time_mean is None and cfg.time_std is None
-    rule = f"the times of {cfg.transport!r} are uniform or log-uniform and have neither; leave them out"
+    rule = f"times of {cfg.transport!r} are uniform or log-uniform and have neither; leave them out"
     require(drawn or transport.mean is not None, f"--time_mean, --time_std: {rule}")
     try:
         if cfg.kernel != "constant":
@@ -254,15 +256,15 @@ def objective(f, f_ema, transport: Transport, cfg: Config, batch: data.Batch, rn
     """The paper's algorithm on one micro-batch.
 
     f, f_ema  the network and its average as (x_t, t, r, y) -> f, see `sample.network_f`
-    batch     x (B, C, H, W) of unit variance, y (B,) numbers of classes or captions, features if aligned
+    batch     x (B, C, H, W) of unit variance, y (B,) classes or numbers of captions, features
     rng       owns all chance; cfg.h is the width of the difference
     returns   the loss to descend (0-d), and for the log the raw loss l, t and r, (B,) each
     """
     x, shape = batch.x, batch.x.shape
     dropped = torch.rand(len(x), generator=rng, device=x.device) < cfg.drop
-    y = batch.y.masked_fill(dropped, NO_CONDITION)                                              # (B,)
-    t, r = sample_times(transport, len(x), time_mixture(cfg, shape), rng)                 # (B,), (B,)
-    eps = torch.randn(shape, generator=rng, device=x.device)                            # (B, C, H, W)
+    y = batch.y.masked_fill(dropped, NO_CONDITION)                                           # (B,)
+    t, r = sample_times(transport, len(x), time_mixture(cfg, shape), rng)              # (B,), (B,)
+    eps = torch.randn(shape, generator=rng, device=x.device)                         # (B, C, H, W)
     if (cfg.guide_gt, cfg.guide_cond) != (1, 0):
         x, eps = guide(f_ema, transport, cfg, x, eps, t, y)
     df_dt = time_derivative(f, transport, cfg, x, eps, t, r, y)
@@ -270,12 +272,12 @@ def objective(f, f_ema, transport: Transport, cfg: Config, batch: data.Batch, rn
 
     x_t, alignment = interpolate(transport, x, eps, t), 0.0
     if cfg.align:
-        out, tokens = f(x_t, t, r, y, aligned=True)                                  # tokens (B, N, F)
+        out, tokens = f(x_t, t, r, y, aligned=True)                              # tokens (B, N, F)
         similarity = torch.cosine_similarity(tokens.float(), batch.features, dim=2)
         alignment = cfg.align * (1 - similarity).mean()
     else:
         out = f(x_t, t, r, y)
-    raw = sample_loss(out, target, cfg.cosine)                                                  # (B,)
+    raw = sample_loss(out, target, cfg.cosine)                                               # (B,)
     weight = time_weight(transport, t, r, cfg.tau, cfg.kernel, cfg.weight_sigma)
     loss = (weight * (adaptive(raw) if cfg.adaptive else raw)).mean() + alignment
     return loss, raw.detach(), t, r
@@ -291,8 +293,8 @@ def time_mixture(cfg: Config, shape) -> TimeMixture:
 def time_derivative(f, transport: Transport, cfg: Config, x, eps, t, r, y):
     """df/dt (B, C, H, W) where r < t, and zero for the first samples, with r = t, that need none.
 
-    Along the path of (x, eps) or, for cfg.tangent "network", of the pair that the network itself sees
-    behind x_t: the target is linear in df/dt, so its expectation stays (arXiv 2512.02012).
+    Along the path of (x, eps) or, for cfg.tangent "network", of the pair that the network itself
+    sees behind x_t: the target is linear in df/dt, so its expectation stays (arXiv 2512.02012).
     """
     df_dt = torch.zeros_like(x)
     free = slice(fixed_diffusion(len(x), cfg.share_diffusion), None)
@@ -331,12 +333,12 @@ class Networks(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def train_step(networks: Networks, transport: Transport, cfg: Config, step: int, batches, texts=None):
+def train_step(networks: Networks, transport, cfg: Config, step: int, batches, texts=None):
     """One update, without a host sync. batches: a data.Batch per micro-batch of this rank.
 
-    Chance is a function of (seed, step, slot), slot = rank * accumulate + k: two ranks of one slot and
-    one rank of two draw the same. Returns the gradient norm (0-d), and of this rank's pictures (raw
-    loss, t, r).
+    Chance is a function of (seed, step, slot), slot = rank * accumulate + k: two ranks of one slot
+    and one rank of two draw the same. Returns the gradient norm (0-d), and of this rank's pictures
+    raw loss, t and r.
     """
     model, ema, optimizer = networks
     f, f_ema = network_f(model, transport, texts), network_f(ema, transport, texts)
@@ -381,9 +383,9 @@ def update_average(ema, model, decay: float) -> None:
 
 
 def connect(device: torch.device, dtype: torch.dtype) -> None:
-    """Join the ranks that torchrun started. Alone in bf16, a group of one for FSDP's fp32 masters."""
+    """Join the ranks that torchrun started. Alone in bf16: a group of one, for FSDP."""
     torch._dynamo.config.suppress_errors = device.type == "cpu"  # no C++ compiler: run uncompiled
-    torch._dynamo.config.recompile_limit = 512  # one per shape: buckets, lengths of captions, batches
+    torch._dynamo.config.recompile_limit = 512  # one a shape: buckets, captions, batches
     torch._dynamo.config.accumulated_recompile_limit = 512
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -413,7 +415,7 @@ def shard(model, mesh, cfg: Config, dtype: torch.dtype):
 
 
 def first_rank(action, *args) -> None:
-    """Run action(*args) on rank 0 while the others wait; an error is raised on all, so none hangs."""
+    """Run action(*args) on rank 0 while the others wait; an error is raised on all: none hangs."""
     fault = [None]
     if data.ranks()[0] == 0:
         try:
@@ -460,7 +462,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def write_checkpoint(run: Path, step: int, networks: Networks, record: dict) -> None:
-    """Write aside, rename when complete, then remove old ones: the last complete one is always there."""
+    """Write aside, rename when complete, then remove old ones: a complete one is always there."""
     final = run / "checkpoints" / f"step_{step:08d}"
     aside, record = final.with_suffix(".tmp"), record | {"step": step}
     first_rank(lambda: shutil.rmtree(aside, ignore_errors=True))
@@ -468,7 +470,8 @@ def write_checkpoint(run: Path, step: int, networks: Networks, record: dict) -> 
         alone = not dist.is_initialized()
         dcp.save(training_state(networks), checkpoint_id=aside, no_dist=alone)
     except (CheckpointException, OSError) as error:
-        raise UserError(f"{aside} not written ({error}); older ones are whole. Free the disk") from error
+        way = "older ones are whole; free the disk and run again"
+        raise UserError(f"{aside} not written ({error}); {way}") from error
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = get_model_state_dict(networks.ema, options=options)
 
@@ -527,10 +530,11 @@ class Log:
 
     def __init__(self, run: Path, cfg: Config, device, begin: int, about: dict):
         self.cfg, transport = cfg, TRANSPORTS[cfg.transport]
-        self.span, self.edges = transport.t_max - transport.t_min, torch.tensor(EDGES, device=device)
+        self.span = transport.t_max - transport.t_min
+        self.edges = torch.tensor(EDGES, device=device)
         self.first, self.board = data.ranks()[0] == 0, None
         self.terminal = self.first and sys.stderr.isatty()
-        self.bar = tqdm(total=cfg.steps, initial=begin, disable=not self.terminal, dynamic_ncols=True)
+        self.bar = tqdm(total=cfg.steps, initial=begin, disable=not self.terminal)
         if self.first:
             self.file = (run / "log.jsonl").open("a")
             self.write(about)
@@ -558,7 +562,8 @@ class Log:
         """Averages over all ranks since the last line; every rank must call it."""
         loss, count = sum_over_ranks(self.sums).tolist()
         spent = time.perf_counter() - self.began
-        line = {"step": step, "loss": sum(loss) / sum(count), "grad_norm": float(self.norm) / self.steps}
+        line = {"step": step, "loss": sum(loss) / sum(count)}
+        line["grad_norm"] = float(self.norm) / self.steps
         line |= {name: a / b for name, a, b in zip(BINS, loss, count) if b}
         line |= {"images_per_s": sum(count) / spent, "waiting": self.waited / spent}
         line["lr"] = learning_rate(self.cfg, step - 1)
@@ -591,7 +596,7 @@ def draw_curve(run: Path) -> None:
     for name in BINS:
         points = [(line["step"], line[name]) for line in lines if name in line]
         axes.plot(*zip(*points or [(1, math.nan)]), label=name.replace("loss_equal", "r = t"))
-    axes.set(xlabel="updates", ylabel="raw loss", yscale="log", title="by t - r, up to % of the range")
+    axes.set(xlabel="updates", ylabel="raw loss", yscale="log", title="by t - r, % of the range")
     axes.legend()
     figure.savefig(run / "curve.png", dpi=120)
 
@@ -609,8 +614,8 @@ def fail_nonfinite(step: int, seen) -> None:
         dist.all_gather_object(parts, bad)
     where = [line for part in parts for line in part] or [f"finite losses, t <= {max(t):g}"]
     raise UserError(
-        f"step {step}: the gradient is not finite ({'; '.join(where[:4])}). Nothing of it was saved, the "
-        "last checkpoint is good. Try a lower --lr or --precision fp32, and look at the data"
+        f"step {step}: the gradient is not finite ({'; '.join(where[:4])}). Nothing of it was saved, "
+        "the last checkpoint is good. Try a lower --lr or --precision fp32, and look at the data"
     )
 
 
@@ -620,8 +625,8 @@ def fail_nonfinite(step: int, seen) -> None:
 def fit(cfg: Config, spec: DataSpec, device: torch.device) -> Config:
     """Fill in what was left to the data and the device: patch and batch, each 0.
 
-    Patch: the smallest that divides the sides and leaves at most 4 x 4 tokens up to 32 pixels, 8 x 8
-    beyond, 16 x 16 of latents. Batch: 256 pictures on a GPU; on a CPU 64 of few tokens, else 32.
+    Patch: the smallest that divides the sides and leaves at most 4 x 4 tokens up to 32 pixels,
+    8 x 8 beyond, 16 x 16 of latents. Batch: 256 pictures on a GPU; on a CPU 64 of few tokens, else 32.
     """
     height, width = spec.shape[1:]
     sides = [height, width, *np.ravel(spec.buckets).astype(int).tolist()]
@@ -668,8 +673,8 @@ def network_arguments(cfg: Config, spec: DataSpec, features=None) -> dict:
 def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) -> Networks:
     """The network, its average and the optimizer, sharded over all ranks.
 
-    A rank alone in fp32 has nothing to shard and is spared FSDP's copies; in bf16 FSDP holds the fp32
-    master weights.
+    A rank alone in fp32 has nothing to shard and is spared FSDP's copies; in bf16 FSDP holds the
+    fp32 master weights.
     """
     torch.manual_seed(cfg.seed)  # every rank the same weights
     model, ema = TiM(**network), TiM(**network).requires_grad_(False)
@@ -694,17 +699,19 @@ def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) 
 
 
 def start_from(model: TiM, cfg: Config) -> None:
-    """--init: weights of a run, a file or the hub. With another number of classes the class rows start
-    fresh (the row for no class is kept); everything else must fit, transport and prediction too."""
+    """--init: weights of a run, a file or the hub. With another number of classes the class rows
+    start fresh (no class is kept); everything else must fit, transport and prediction too."""
     old, transport, _ = load(cfg.init)
     for name, was in (("transport", transport.name), ("predict", old.predict)):
         now = getattr(cfg, name)
         way = f"give --{name} {was}, or --init_anyway to train them onto {now}"
-        require(was == now or cfg.init_anyway, f"--init {cfg.init}: trained with {name} {was}; {way}")
+        fits = was == now or cfg.init_anyway
+        require(fits, f"--init {cfg.init}: was trained with {name} {was}; {way}")
     for name in ("caption_mask", "rope_layout") if old.classes is None else ():
         was = getattr(old, name)
         way = "--no-caption_mask" if was is False else f"--{name} {was}"
-        require(was == getattr(model, name), f"--init {cfg.init}: was trained with {name} {was}; give {way}")
+        fits = was == getattr(model, name)
+        require(fits, f"--init {cfg.init}: was trained with {name} {was}; give {way}")
     state, fresh = old.state_dict(), model.state_dict()
     table = "y_embedder.embedding_table.weight"
     if table in state and table in fresh and len(state[table]) != len(fresh[table]):
@@ -731,7 +738,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
     with torch.device("meta"):
         model = TiM(**network_arguments(replace(cfg, align=0.0), spec))
         x, t, y = torch.empty(share, *shape), torch.empty(share), torch.empty(share).long()
-        y = torch.empty(share, 256, cfg.caption) if cfg.caption else y  # captions of the full length
+        y = torch.empty(share, 256, cfg.caption) if cfg.caption else y  # captions of full length
     if cfg.precision != "fp32":
         lower_precision(model)
     own, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
@@ -748,10 +755,11 @@ def dry_run(cfg: Config, world_size: int) -> None:
     if cfg.checkpointing:  # of one block, and the inputs of all
         activations = activations // depth + 4 * depth * share * tokens * SIZES[cfg.size]["width"]
     shards, images = world_size // cfg.replicate, cfg.steps * cfg.batch
-    print(f"{cfg.name}: {cfg.size}/{cfg.patch}, {n:,} parameters in {len(list(model.parameters()))} tensors")
+    tensors = len(list(model.parameters()))
+    print(f"{cfg.name}: {cfg.size}/{cfg.patch}, {n:,} parameters in {tensors} tensors")
     epochs = f" = {images / 1_281_167:.1f} epochs of ImageNet" if cfg.classes == 1000 else ""
     print(f"{cfg.steps:,} updates x {cfg.batch} = {images:,} images{epochs}")
-    print(f"{world_size} ranks, {depth} block units in {shards} shards, {share} images a micro-batch")
+    print(f"{world_size} ranks, {depth} blocks in {shards} shards, {share} images a micro-batch")
     gathered = 2 * unit * (4 if cfg.precision == "fp32" else 2)
     sizes = {"weights": 4 * n / shards, "gradients": 4 * n / shards, "optimizer": 8 * n / shards,
              "average": 4 * n / shards, "gathered blocks": gathered, "activations": activations}
@@ -763,7 +771,8 @@ def divide(cfg: Config, world_size: int) -> None:
     """Raise UserError unless the batch and the copies divide over the ranks."""
     parts = world_size * cfg.accumulate
     rule = f"must be a multiple of {world_size} ranks x {cfg.accumulate} micro-batches"
-    require(cfg.batch % parts == 0, f"--batch {cfg.batch}: {rule}; {cfg.batch // parts * parts + parts} is")
+    nearest = cfg.batch // parts * parts + parts
+    require(cfg.batch % parts == 0, f"--batch {cfg.batch}: {rule}; {nearest} is")
     divides = world_size % cfg.replicate == 0
     require(divides, f"--replicate {cfg.replicate}: must divide the number of ranks, {world_size}")
 
@@ -805,7 +814,8 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
     divide(cfg, world_size)
     texts = grid_texts = None
     if dataset.captions is not None:
-        encoder = data.load_text_encoder(cfg.text_encoder, device, pad_to_length=not cfg.caption_mask)
+        padded = not cfg.caption_mask
+        encoder = data.load_text_encoder(cfg.text_encoder, device, pad_to_length=padded)
         texts = data.Texts(dataset.captions, encoder, device, 64 if cfg.compile else 1)
         some = np.linspace(0, texts.null - 1, min(10, texts.null)).astype(int)
         prompts = spec.prompts or tuple(dataset.captions[i][:1000] for i in some)
@@ -836,11 +846,13 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
 
 
 def loop(run: Run, stop: list) -> tuple[int, bool]:
-    """Updates until all are done or a signal is in `stop`; returns how many are, and if it stopped."""
+    """Updates until all are done or a signal is in `stop`; returns how many, and if it stopped."""
     cfg, (rank, world_size) = run.cfg, data.ranks()
-    about = {"config": asdict(cfg), "begin": run.begin, "torch": torch.__version__, "world_size": world_size}
+    about = {"config": asdict(cfg), "begin": run.begin, "torch": torch.__version__}
+    about["world_size"] = world_size
     log = Log(run.folder, cfg, run.device, run.begin, about)
-    slots, of = [rank * cfg.accumulate + k for k in range(cfg.accumulate)], world_size * cfg.accumulate
+    slots = [rank * cfg.accumulate + k for k in range(cfg.accumulate)]
+    of = world_size * cfg.accumulate
     stream = data.batches(run.dataset, cfg.batch // of, cfg.seed, slots, of, run.begin, cfg.patch)
     unread, stopping, done = None, False, run.begin
     while done < cfg.steps and not stopping:
@@ -853,8 +865,8 @@ def loop(run: Run, stop: list) -> tuple[int, bool]:
         norm, seen = train_step(run.networks, run.transport, cfg, done, batches, run.texts)
         log.add(norm, *seen, waited)
 
-        # What all ranks must agree on: was anyone told to stop, is the gradient finite? Read one step
-        # late, so that no step waits for its own result, but never written to a checkpoint unread.
+        # What all ranks must agree on: was anyone told to stop, is the gradient finite? Read one
+        # step late, so that no step waits for its own result; a checkpoint is never written unread.
         told = torch.full_like(norm, float(bool(stop)))
         status = sum_over_ranks(torch.stack([told, (~norm.isfinite()).to(norm)]))
         unread, before = (done, seen, read_later(status)), unread
@@ -874,7 +886,7 @@ def loop(run: Run, stop: list) -> tuple[int, bool]:
 
 
 def check_status(step: int, seen, read) -> bool:
-    """Whether a rank was told to stop by then. Raises UserError, on all, for a non-finite gradient."""
+    """Whether a rank was told to stop by then. UserError, on all, for a non-finite gradient."""
     told, bad = read()
     if bad:
         fail_nonfinite(step, seen)
@@ -882,7 +894,7 @@ def check_status(step: int, seen, read) -> bool:
 
 
 def sample_grid(run: Run, step: int) -> None:
-    """One row per number of steps, a column per class or prompt; every rank joins, rank 0 writes."""
+    """A row per number of steps, a column per class or prompt; every rank joins, rank 0 writes."""
     known = run.sampler.texts.null if run.sampler.texts else len(run.sampler.spec.classes)
     columns = list(range(min(10, known)))
     path = run.folder / "samples" / f"step_{step:08d}.png"
@@ -913,7 +925,8 @@ def train(cfg: Config) -> None:
                 print(f"{run.folder}: stopped after update {done}, run again to go on")
             else:
                 draw_curve(run.folder)
-                print(f"{run.folder}: all {done} updates are done, samples in {run.folder / 'samples'}")
+                where = run.folder / "samples"
+                print(f"{run.folder}: all {done} updates are done, samples in {where}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -11,7 +11,7 @@ function of tensors: no network, no device, no hidden randomness.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -39,20 +39,16 @@ class Transport:
     c_noise: Coefficient = lambda t: t  # what the network is shown instead of t and of r
 
 
-def logit_normal(n: Tensor, mean: float, std: float) -> Tensor:
-    return torch.sigmoid(mean + std * n)
-
-
 OTFM = Transport(
-    "otfm", t_min=0.0, t_max=1.0, draw=logit_normal, mean=-0.4, std=1.0,
+    "otfm", t_min=0.0, t_max=1.0, mean=-0.4, std=1.0,
+    draw=lambda n, mean, std: torch.sigmoid(mean + std * n),
     alpha=lambda t: 1 - t, sigma=lambda t: t,
     alpha_hat=lambda t: -torch.ones_like(t), sigma_hat=torch.ones_like,
 )  # fmt: skip
 TRIGFLOW = Transport(
     "trigflow", t_min=0.0, t_max=1.57, mean=-1.0, std=1.6,
     draw=lambda n, mean, std: (mean + std * n).exp().atan(),
-    alpha=torch.cos, sigma=torch.sin,
-    alpha_hat=lambda t: -t.sin(), sigma_hat=torch.cos,
+    alpha=torch.cos, sigma=torch.sin, alpha_hat=lambda t: -t.sin(), sigma_hat=torch.cos,
 )  # fmt: skip
 
 
@@ -60,8 +56,8 @@ def edm(sigma_data: float) -> Transport:
     """EDM (Karras et al. 2022), preconditioned: x_t has unit variance if x has sigma_data^2."""
     s = sigma_data
     return Transport(
-        "edm", t_min=0.01, t_max=80.0, mean=-1.2, std=1.2, draw=lambda n, mean, std: (mean + std * n).exp(),
-        c_noise=lambda t: t.log() / 4,
+        "edm", t_min=0.01, t_max=80.0, mean=-1.2, std=1.2,
+        draw=lambda n, mean, std: (mean + std * n).exp(), c_noise=lambda t: t.log() / 4,
         alpha=lambda t: 1 / (t**2 + s**2).sqrt(), sigma=lambda t: t / (t**2 + s**2).sqrt(),
         alpha_hat=lambda t: t / (s * (t**2 + s**2).sqrt()),
         sigma_hat=lambda t: -s / (t**2 + s**2).sqrt(),
@@ -88,14 +84,13 @@ VE = Transport(
     alpha=torch.ones_like, sigma=lambda t: t,
     alpha_hat=torch.zeros_like, sigma_hat=lambda t: -torch.ones_like(t),
 )  # fmt: skip
-TIM = Transport(
-    "tim", t_min=0.0, t_max=1.0, draw=logit_normal, mean=-0.4, std=1.0,
+TIM = replace(  # times and output of otfm on the circle of trigflow
+    OTFM, name="tim",
     alpha=lambda t: (math.pi / 2 * t).cos(), sigma=lambda t: (math.pi / 2 * t).sin(),
-    alpha_hat=lambda t: -torch.ones_like(t), sigma_hat=torch.ones_like,
 )  # fmt: skip
 
-# A new transport is one more record here. Tests that compare with tables of their own want a line too:
-# CLOSED and the ranges with c_noise in test_transition.py, and its inverse UNSEE in test_sample.py.
+# A new transport is one more record here, and a line in the tables of the tests: CLOSED and the
+# ranges with c_noise in test_transition.py, its inverse UNSEE in test_sample.py.
 TRANSPORTS = {t.name: t for t in (OTFM, TRIGFLOW, edm(sigma_data=1.0), VP, VE, TIM)}
 
 
@@ -108,10 +103,7 @@ def slope(g: Coefficient, t: Tensor) -> Tensor:
     """dg/dt of an elementwise function, exact, by autodiff: (B,) -> (B,)."""
     with torch.enable_grad():
         s = t.detach().requires_grad_()
-        value = g(s)
-        if not value.requires_grad:  # a constant
-            return torch.zeros_like(t)
-        return torch.autograd.grad(value.sum(), s)[0]
+        return torch.autograd.grad((g(s) + 0 * s).sum(), s)[0]  # 0 * s: g may be constant
 
 
 # --- States and steps -----------------------------------------------------------------------------
@@ -142,8 +134,7 @@ def output_from_x(transport: Transport, x_hat: Tensor, x_t: Tensor, t: Tensor) -
     """The f of a predicted x: alpha_hat x_hat + sigma_hat (x_t - alpha x_hat) / max(sigma, floor).
 
     x_hat, x_t (B, ...), t (B,). Exact where sigma(t) >= SIGMA_FLOOR. Below it eps_hat is scaled
-    down, or an error of x_hat, divided by almost nothing, would rule the loss.
-    source  x-prediction with a loss on the velocity, JiT (arXiv 2511.13720).
+    down, or an error of x_hat, divided by almost nothing, would rule the loss (JiT, 2511.13720).
     """
     sigma = transport.sigma(t).clamp(min=SIGMA_FLOOR)
     eps_hat = (x_t - expand(transport.alpha(t), x_t) * x_hat) / expand(sigma, x_t)
@@ -151,10 +142,9 @@ def output_from_x(transport: Transport, x_hat: Tensor, x_t: Tensor, t: Tensor) -
 
 
 def step_coefficients(transport: Transport, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (A, B) of a transition, x_r = A x_t + B f (Eq. 5, 6).
+    """Weights (A, B) of x_r = A x_t + B f (Eq. 5, 6): what `solve`, then `interpolate` at r, give.
 
-    t, r     (B,), t_min <= r <= t <= t_max; t = r gives A = 1, B = 0. ValueError if shapes differ.
-    returns  two (B,): `solve`, then `interpolate` at r. Exact for any length when f is exact.
+    t, r (B,), t_min <= r <= t <= t_max; t = r gives A = 1, B = 0. ValueError if shapes differ.
     """
     if t.shape != r.shape:
         raise ValueError(f"t {tuple(t.shape)}, r {tuple(r.shape)}: expand them to one shape first")
@@ -184,17 +174,17 @@ def transition_target(transport: Transport, x, eps, t, r, df_dt: Tensor) -> Tens
     """
     b = step_coefficients(transport, t, r)[1]
     b_slope = slope(lambda s: step_coefficients(transport, s, r)[1], t)
-    drift = expand(slope(transport.alpha_hat, t), x) * x
-    drift = drift + expand(slope(transport.sigma_hat, t), x) * eps
-    return residual(transport, x, eps, t) + expand(b / b_slope, x) * (drift - df_dt)
+    x_part = expand(slope(transport.alpha_hat, t), x) * x
+    eps_part = expand(slope(transport.sigma_hat, t), x) * eps
+    return residual(transport, x, eps, t) + expand(b / b_slope, x) * (x_part + eps_part - df_dt)
 
 
 def guided_pair(transport: Transport, x, eps, t, f_cond, f_null, w_gt: float, w_cond: float):
     """The pair (x, eps) with the same x_t whose residual is guided: model guidance in the target.
 
-    The residual becomes w_gt residual + w_cond f_cond + (1 - w_gt - w_cond) f_null, with f_cond,
-    f_null the network at r = t with its condition and without (f_cond may be None if w_cond is 0).
-    Its fixed point is guidance w_gt / (1 - w_cond) with none at sampling. The authors replace the
+    The residual becomes w_gt residual + w_cond f_cond + (1 - w_gt - w_cond) f_null; f_cond, f_null:
+    the network at r = t with its condition and without (f_cond may be None if w_cond is 0). Its
+    fixed point is guidance w_gt / (1 - w_cond) with none at sampling. The authors replace the
     residual alone; with the pair, df/dt follows the guided path, and so do long steps.
     """
     guided = w_gt * residual(transport, x, eps, t) + (1 - w_gt - w_cond) * f_null
@@ -214,11 +204,10 @@ def cat(first, second):
 def finite_difference(f, transport: Transport, x, eps, t, r, y, h: float) -> Tensor:
     """df/dt along the path of (x, eps) at fixed r by a central difference (DDE, Eq. 10).
 
-    f  the network, (x_t, t, r, y) -> (B, ...); runs once on a double batch, without gradients.
-    h  half the width, in what the network sees (c_noise), so that one h suits every transport.
-    One-sided where t - h would fall below r. At t_max, where every sample begins, it stays central:
-    path and embedding go on smoothly to t_max + h, and one-sided is many times less exact. Divides by
-    the distance of the rounded times, so that rounding t + h costs nothing.
+    f  the network, (x_t, t, r, y) -> (B, ...); runs once on a double batch, without gradients
+    h  half the width, in what the network sees (c_noise), so that one h suits every transport
+    One-sided where t - h would fall below r; central at t_max too: path and embedding go on
+    smoothly to t_max + h. Divides by the distance of the rounded times: rounding costs nothing.
     """
     width = h / slope(transport.c_noise, t)
     late, early = t + width, torch.maximum(t - width, r)
@@ -230,8 +219,8 @@ def finite_difference(f, transport: Transport, x, eps, t, r, y, h: float) -> Ten
 
 @torch.no_grad()
 def exact_derivative(f, transport: Transport, x, eps, t, r, y) -> Tensor:
-    """The same by forward-mode autodiff (JVP). All that f does needs a forward-mode rule: torch's
-    fused attention has none, `model.attend` has its own. Compiled code runs eagerly."""
+    """The same by forward-mode autodiff (JVP), for f whose every operation has a forward-mode rule:
+    torch's fused attention has none, `model.attend` has its own. Compiled code runs eagerly."""
     with torch.compiler.set_stance("force_eager"), forward_ad.dual_level():
         s = forward_ad.make_dual(t, torch.ones_like(t))
         out = f(interpolate(transport, x, eps, s), s, r, y)
@@ -242,18 +231,17 @@ def exact_derivative(f, transport: Transport, x, eps, t, r, y) -> Tensor:
 
 
 def sample_loss(f: Tensor, target: Tensor, cosine: bool) -> Tensor:
-    """Per-sample distance (B,): mean square (Eq. 13) and, as in the authors' code, 1 - cosine over
-    channels if `cosine`."""
+    """Per-sample distance (B,): mean square (Eq. 13) and, as the authors' code, 1 - cosine."""
     loss = (f - target).square().flatten(1).mean(1)
-    if cosine:
-        similarity = torch.cosine_similarity(f, target, dim=1, eps=1e-2)  # slope at f = 0: 1 / eps
+    if cosine:  # of the channels at each position; its slope at f = 0 is 1 / eps
+        similarity = torch.cosine_similarity(f, target, dim=1, eps=1e-2)
         loss = loss + (1 - similarity).flatten(1).mean(1)
     return loss
 
 
 def adaptive(loss: Tensor) -> Tensor:
-    """l / (stopgrad(l) + 1e-5), as in the authors' code: the gradient of log(l + 1e-5), so all samples
-    pull equally hard and the minimiser is not the conditional mean. Its value says nothing: log l."""
+    """l / (stopgrad(l) + 1e-5), as in the authors' code: the gradient of log(l + 1e-5), so that all
+    samples pull equally hard and the minimiser is not the conditional mean. Log l, not this."""
     return loss / (loss.detach() + 1e-5)
 
 
@@ -282,9 +270,8 @@ def check_weight(transport: Transport, tau: str) -> None:
 def time_weight(transport: Transport, t, r, tau: str, kernel: str, sigma: float) -> Tensor:
     """w(t, r) = k(tau(t) - tau(r)), and 1 where r = t (Eq. 11, 12). t, r (B,) -> (B,). tau "tan" is
     literally tan(t) with t in [0, 1]; tan(pi t / 2) would send w to 0 at t = 1."""
-    if kernel == "constant":
-        return torch.ones_like(t)
-    check_weight(transport, tau)
+    if kernel != "constant":
+        check_weight(transport, tau)
     distance = TAUS[tau][0](t) - TAUS[tau][0](r)
     return torch.where(t == r, torch.ones_like(t), KERNELS[kernel](distance, sigma))
 
@@ -316,7 +303,7 @@ class TimeMixture:
     share_consistency: float = 0.1  # of samples with r = t_min
     mean: float | None = None  # of the transport's draw; None: its own
     std: float | None = None
-    diffusion_at: str = "later"  # where r = t: the "later" of the two draws, "one", or the "earlier"
+    diffusion_at: str = "later"  # where r = t: the "later" draw, the "earlier", or "one" of both
     shift: float = 1.0  # see `shift_times`
 
 
@@ -331,7 +318,7 @@ def sample_times(transport: Transport, n: int, mixture: TimeMixture, rng: torch.
     r = t for the first `fixed_diffusion` samples, and for the next with the chance of the fraction
     that is left of n * share: met on average at any n. The "later" draw, the authors' choice,
     hardly trains small times: where one draw is below a time with chance p, the later is with p^2.
-    returns  t, r (n,) float32 on the generator's device, t_min <= r <= t <= t_max.
+    returns  t, r (n,) float32 on the generator's device, t_min <= r <= t <= t_max
     """
     device = rng.device
     mean = transport.mean if mixture.mean is None else mixture.mean
@@ -339,14 +326,14 @@ def sample_times(transport: Transport, n: int, mixture: TimeMixture, rng: torch.
     draws = transport.draw(torch.randn(2, n, generator=rng, device=device), mean, std)
     draws = shift_times(transport, draws.clamp(transport.t_min, transport.t_max), mixture.shift)
     t, r = draws.max(0).values, draws.min(0).values
-    diffusion_time = {"later": t, "one": draws[0], "earlier": r}[mixture.diffusion_at]
-
+    diffusion_time = draws[0]
+    if mixture.diffusion_at != "one":
+        diffusion_time = t if mixture.diffusion_at == "later" else r
     u = torch.rand(n, generator=rng, device=device) * (1 - mixture.share_diffusion)
-    r = torch.where(u < mixture.share_consistency, torch.full_like(r, transport.t_min), r)
-
+    r = r.masked_fill(u < mixture.share_consistency, transport.t_min)
     count = fixed_diffusion(n, mixture.share_diffusion)
-    is_diffusion = torch.arange(n, device=device) < count
     fraction = n * mixture.share_diffusion - count
+    is_diffusion = torch.arange(n, device=device) < count
     if fraction > 1e-6:
         is_diffusion[count] = torch.rand((), generator=rng, device=device) < fraction
     t = torch.where(is_diffusion, diffusion_time, t)

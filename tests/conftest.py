@@ -184,14 +184,14 @@ class NoFloat64(TorchFunctionMode):
 
 @pytest.fixture
 def no_float64(monkeypatch):
-    """`with no_float64:` every command runs on a device that refuses float64, see `NoFloat64`.
+    """Within the test every command runs on a device that refuses float64, see `NoFloat64`.
 
     Whatever --device says. The test fails if nothing ran there.
     """
     monkeypatch.setattr(data, "open_device", lambda name="auto": torch.device("mps"))
     monkeypatch.setattr(torch, "Generator", OnDeviceGenerator)
     network.rope_table.cache_clear()
-    mode = NoFloat64()
-    yield mode
+    with NoFloat64() as mode:
+        yield mode
     network.rope_table.cache_clear()
     assert mode.operations > 100

@@ -49,7 +49,10 @@ def read(run, dtype):
     networks = start(dtype)
     step = train.resume(run, networks, RECORD)
     values = {float(v) for part in parts(networks) for v in part.unique()}
-    print(f"step {step} whole" if values == {float(step)} else f"step {step} holds {values}", flush=True)
+    print(
+        f"step {step} whole" if values == {float(step)} else f"step {step} holds {values}",
+        flush=True,
+    )
 
 
 def fork(work, *args):
@@ -69,7 +72,9 @@ for turn in range(10):
     child = fork(write_for_ever, run, TYPES[turn % 2])
     found = train.checkpoints(run)
     have = found[-1].name if found else ""
-    while not train.checkpoints(run) or train.checkpoints(run)[-1].name == have:  # until it is writing
+    while (
+        not train.checkpoints(run) or train.checkpoints(run)[-1].name == have
+    ):  # until it is writing
         time.sleep(0.005)
     time.sleep(wait.random() * 0.3)
     os.kill(child, signal.SIGKILL)

@@ -1,7 +1,7 @@
 """Runs of train.py for the tests: in this process, as a shell starts it, and several in turn.
 
-As a script, torchrun starts it: python launch.py FILE trains every list of flags in FILE (JSON), one
-after the other, in the same processes; what a rank is refused is written to FILE.RANK.
+As a script, torchrun starts it: python launch.py FILE trains every list of flags in FILE (JSON), in
+the same processes; what a rank is refused is written to FILE.RANK.
 """
 
 import json
@@ -35,7 +35,7 @@ def flags_of(runs, *flags) -> list[str]:
 
 
 def no_picture(*args) -> None:
-    """In place of the grids and the curve of a run, which take longer than the updates of a test."""
+    """In place of grids and curve, which take longer than the updates of a test."""
 
 
 def train_here(runs, *flags, pictures=False) -> Path:
@@ -55,7 +55,13 @@ def train_here(runs, *flags, pictures=False) -> Path:
 
 
 def torchrun(ranks: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={ranks}",
+        "--standalone",
+    ]
 
 
 def command(runs, *flags, ranks=0, script="train.py") -> list[str]:
@@ -78,7 +84,7 @@ def succeed(runs, *flags, **how) -> str:
 
 
 def in_turn(folder: Path, ranks: int, lines: list[list[str]]) -> tuple[list[list[str]], str]:
-    """Train all lines on the same ranks; returns what each rank was refused, and what was printed."""
+    """Train all lines on the same ranks; returns what each rank was refused, and the output."""
     (folder / "lines.json").write_text(json.dumps(lines))
     code, text = shell([*torchrun(ranks), __file__, folder / "lines.json"])
     assert code == 0, text

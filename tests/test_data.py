@@ -167,7 +167,7 @@ def test_ctrl_c_ends_without_a_traceback(presses):
     process = subprocess.Popen([sys.executable, "-c", script], **pipes)
     assert process.stdout.readline() == "go\n"
     for _ in range(presses):
-        time.sleep(0.5)
+        time.sleep(0.3)
         process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in error

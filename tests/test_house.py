@@ -18,7 +18,13 @@ BELOW = {  # stage: the stages it may import
 }
 LINES = {"transition": 340, "model": 350, "data": 700, "sample": 440, "train": 620, "evaluate": 430}
 ALL_LINES, README_LINES, COLUMNS, WIDER = 2880, 200, 100, 0.02
-TOP = {f"{stage}.py" for stage in BELOW} | {"README.md", "LICENSE", "requirements.txt", "demo", "tests"}
+TOP = {f"{stage}.py" for stage in BELOW} | {
+    "README.md",
+    "LICENSE",
+    "requirements.txt",
+    "demo",
+    "tests",
+}
 OPTIONAL = {  # package: the stages that may import it, inside a function
     "diffusers": {"data"},
     "transformers": {"data", "evaluate"},
@@ -69,7 +75,7 @@ def imports(nodes):
 def test_the_top_level_holds_the_stages_and_nothing_else():
     found = {Path(name).parts[0] for name in tracked()}
     assert {name for name in found if not name.startswith(".")} == TOP
-    assert not list(ROOT.glob("*/__init__.py"))                                 # no package folder
+    assert not list(ROOT.glob("*/__init__.py"))  # no package folder
 
 
 @pytest.mark.parametrize("stage", BELOW)
@@ -90,7 +96,9 @@ def test_the_house_is_short_enough_for_an_afternoon():
 def test_lines_are_short():
     code = [line for stage in BELOW for line in lines(stage) if line.strip()]
     wide = [line for line in code if len(line) > COLUMNS]
-    assert len(wide) <= WIDER * len(code), f"{len(wide)} of {len(code)} lines are wider than {COLUMNS}"
+    assert len(wide) <= WIDER * len(code), (
+        f"{len(wide)} of {len(code)} lines are wider than {COLUMNS}"
+    )
 
 
 def test_a_line_is_one_statement():

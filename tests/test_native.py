@@ -49,8 +49,6 @@ def test_a_picture_goes_to_the_largest_area_that_it_fills():
     for size in ([10, 5000], [5000, 10]):
         with pytest.raises(ValueError, match="beyond the ratios"):
             data.choose_bucket(size, tables, True)
-    with pytest.raises(ValueError, match="no picture"):
-        data.choose_bucket("no picture", tables, True)
 
 
 # --------------------------------------------------------------------------------------------------

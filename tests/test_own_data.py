@@ -25,7 +25,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own(monkeypatch):
-    """Train in this process as `python train.py` with these flags would; returns the new run folder."""
+    """Train in this process as `python train.py` with these flags would; returns its folder."""
     monkeypatch.setattr(train.signal, "signal", lambda *args: None)
     monkeypatch.setattr(train, "sample_grid", no_picture)
     monkeypatch.setattr(train, "draw_curve", no_picture)
@@ -55,7 +55,7 @@ def classes(tmp_path):
         paint(root / "sea" / f"{i}.png", sizes[i % 5], (20, 60 + i, 200))
         paint(root / "hills" / f"{i}.jpg", sizes[(i + 2) % 5], (40, 160 + i, 30))
     paint(root / "hills" / "grey.png", (80, 80), 128, "L")
-    shadow = np.zeros((70, 70, 4), np.uint8)                                    # black, ever more transparent
+    shadow = np.zeros((70, 70, 4), np.uint8)  # black, ever more transparent
     shadow[..., 3] = np.linspace(0, 90, 70).astype(np.uint8)
     Image.fromarray(shadow, "RGBA").save(root / "sea" / "shadow.png")
     return root
@@ -69,13 +69,15 @@ def with_a_cut_picture(classes):
 
 
 def test_the_readme_line_trains_on_class_folders_and_samples(with_a_cut_picture, tmp_path):
-    """As a shell starts it, with no flag that makes it fit; nothing but the cut picture is complained of."""
+    """As a shell starts it, with no flag that makes it fit; only the cut picture is complained of."""
     argv = [sys.executable, ROOT / "train.py", "--data", with_a_cut_picture, "--name", "mine"]
     code, text = shell([*argv, "--steps", 3, "--size", "demo", "--batch", 8])
     assert code == 0, text
     assert re.search(r"chosen .*64x64 pictures, --patch 8 = 64 tokens, --batch 8", text), text
     assert text.count("cut.jpg is skipped") == 1 and "hills 12" in text and "sea 11" in text
-    spec = json.loads((tmp_path / "runs/mine/checkpoints/step_00000003/config.json").read_text())["data"]
+    spec = json.loads((tmp_path / "runs/mine/checkpoints/step_00000003/config.json").read_text())[
+        "data"
+    ]
     assert spec["shape"] == [3, 64, 64] and spec["classes"] == ["hills", "sea"]
     assert (tmp_path / "runs/mine/samples/step_00000003.png").is_file()
     sample.main(["--classes", "sea", "Hills", "--steps", "1", "--device", "cpu"])
@@ -114,11 +116,13 @@ def test_transparent_pictures_train_on_white(classes, own):
     source = data.open_data(str(classes))
     shadow = [p.name for p in data.find_pictures(classes).pictures].index("sea/shadow.png")
     x = source.read([shadow], np.random.default_rng(0)).x * spec.std + spec.mean
-    assert x.min() > 150 and x.max() > 250                                      # never near its black
+    assert x.min() > 150 and x.max() > 250  # never near its black
 
 
 def test_no_mirror_leaves_left_and_right_alone(classes, own):
-    left = lambda x: bool(x[0, :, :8, :8].mean() < x[0, :, :8, -8:].mean())     # where the dark corner is
+    left = lambda x: bool(
+        x[0, :, :8, :8].mean() < x[0, :, :8, -8:].mean()
+    )  # where the dark corner is
     for flag, want in (("--no-mirror", {True}), ("--mirror", {True, False})):
         run = own("--data", classes, flag, "--name", flag.strip("-"))
         config = json.loads(next(run.glob("checkpoints/*/config.json")).read_text())
@@ -130,7 +134,7 @@ def test_no_mirror_leaves_left_and_right_alone(classes, own):
 
 @pytest.fixture
 def captioned(tmp_path):
-    """As img2dataset leaves them: 000000.jpg with 000000.txt; one without text, one with .json alone."""
+    """As img2dataset leaves them: 000000.jpg with 000000.txt; one without text, one with .json."""
     root = tmp_path / "laion"
     for i in range(12):
         paint(root / f"{i:06}.jpg", (48 + 7 * i, 64), (20 * i, 100, 255 - 20 * i))
@@ -147,7 +151,9 @@ def test_captions_beside_pictures_train_a_text_network(captioned, own, capsys):
     assert "1 of 12 pictures have no text and are left out" in heard.err
     model, _, config = sample.load(run)
     assert model.classes is None and config["data"]["text"]["encoder"] == "bytes"
-    sample.main(["--prompts", "colour number 3", "", "--steps", "2", "--out", "a.png", "--device", "cpu"])
+    sample.main(
+        ["--prompts", "colour number 3", "", "--steps", "2", "--out", "a.png", "--device", "cpu"]
+    )
     assert train.Path("a.png").is_file()
 
 
@@ -198,7 +204,11 @@ def test_a_run_made_again_does_not_mix_its_pictures(classes, own, refused):
 
 
 def test_nothing_is_left_of_a_run_that_could_not_start(classes, refused, tmp_path):
-    for flags in (["--text_encoder", "nowhere/at/all", "--caption", 5], ["--channels", 1], ["--init", "no"]):
+    for flags in (
+        ["--text_encoder", "nowhere/at/all", "--caption", 5],
+        ["--channels", 1],
+        ["--init", "no"],
+    ):
         refused(train.main, "--data", classes, *flags)
     assert not (tmp_path / "runs").exists()
 

@@ -29,7 +29,15 @@ def on(folder, *flags):
 
 def text_network(**changes):
     torch.manual_seed(0)
-    sizes = {"channels": 3, "patch": 4, "depth": 2, "width": 32, "heads": 2, "adaln": 16, "caption": 128}
+    sizes = {
+        "channels": 3,
+        "patch": 4,
+        "depth": 2,
+        "width": 32,
+        "heads": 2,
+        "adaln": 16,
+        "caption": 128,
+    }
     model = TiM(**sizes | changes).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -37,12 +45,14 @@ def text_network(**changes):
 
 
 def texts_of(*captions):
-    return data.Texts(data.Captions([[c] for c in captions]), data.load_text_encoder("bytes"), "cpu")
+    return data.Texts(
+        data.Captions([[c] for c in captions]), data.load_text_encoder("bytes"), "cpu"
+    )
 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_picture_does_not_depend_on_its_batch_mates(masked):
-    """Alone or beside longer and shorter captions: the same, but for rounding. Without the mask it is not so."""
+    """Alone or beside longer and shorter captions: the same but for rounding; not so without the mask."""
     model, prompts = text_network(caption_mask=masked), ["red", "", "the " * 30, "blue heart"]
     spec = data.DataSpec("pixels", (3, 8, 8))
 
@@ -64,7 +74,7 @@ def test_a_picture_does_not_depend_on_its_batch_mates(masked):
 @pytest.mark.parametrize("guide", [1.0, 2.0])
 @pytest.mark.parametrize("drop", [0.0, 1.0])
 def test_a_dropped_caption_is_the_empty_one(drop, guide, tangent):
-    """All that the network is shown in a step is the caption or, dropped or to be guided from, that of ""."""
+    """What a step shows the network is the caption or, dropped or to guide from, that of ""."""
     texts, model = texts_of("red", "blue"), text_network()
     want, _ = data.load_text_encoder("bytes")(["red", "blue", ""])
     batch, shown = data.Batch(torch.randn(8, 3, 8, 8), torch.arange(8) % 2), []
@@ -78,13 +88,13 @@ def test_a_dropped_caption_is_the_empty_one(drop, guide, tangent):
 
 @pytest.mark.parametrize("table", [4096, 2])
 def test_training_resumes_exactly(folder, tmp_path, monkeypatch, table):
-    """Six updates, or three and three, with features at hand or encoded batch by batch: the same weights."""
+    """Six updates, or three and three, with features at hand or encoded by batch: the same."""
     monkeypatch.setattr(data, "TABLE", table)
     whole = train_here(tmp_path / "whole", *on(folder, "--steps", 6))
     parts = train_here(tmp_path / "parts", *on(folder, "--steps", 3))
     file = parts / "checkpoints/step_00000003/config.json"
     record = json.loads(file.read_text())
-    del record["train"]["caption"]                                              # of a run from before this setting
+    del record["train"]["caption"]  # of a run from before this setting
     file.write_text(json.dumps(record))
     train_here(tmp_path / "parts", *on(folder, "--steps", 6))
     assert_same(weights(whole), weights(parts), atol=0, rtol=0)
@@ -96,25 +106,35 @@ def test_training_resumes_exactly(folder, tmp_path, monkeypatch, table):
 
 
 def test_two_ranks_train_as_one(folder, tmp_path):
-    """Also with the own path and a prediction of x; what is wrong with the captions is said by one rank."""
+    """Also with the own path and a prediction of x; one rank says what is wrong with the captions."""
     switches = {"plain": [], "both": ["--predict", "x", "--tangent", "network"]}
-    flags = {name: on(folder, *more, "--steps", 4, "--name", name) for name, more in switches.items()}
+    flags = {
+        name: on(folder, *more, "--steps", 4, "--name", name) for name, more in switches.items()
+    }
     _, said = in_turn(tmp_path, 2, [flags_of(tmp_path, *line) for line in flags.values()])
-    assert said.count("7 broken lines") == 2                                    # once a run
+    assert said.count("7 broken lines") == 2  # once a run
     for name, line in flags.items():
         one = train_here(tmp_path / "one", *line, "--accumulate", 2)
         assert losses(tmp_path / name) == pytest.approx(losses(one), rel=1e-4)
 
 
 def test_gemma_from_pictures_to_pictures(folder, gemma, tmp_path, capsys, refused):
-    """encode, train, sample, with a tiny autoencoder and a tiny Gemma; nothing is asked for again."""
+    """encode, train, sample, with a tiny autoencoder and a tiny Gemma; nothing is asked again."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4,
     ).save_pretrained(tmp_path / "kl")  # fmt: skip
-    encode = ["encode", "--images", folder, "--out", tmp_path / "set", "--autoencoder", tmp_path / "kl"]
+    encode = [
+        "encode",
+        "--images",
+        folder,
+        "--out",
+        tmp_path / "set",
+        "--autoencoder",
+        tmp_path / "kl",
+    ]
     data.main([*map(str, encode), "--size", "16", "--device", "cpu", "--workers", "1"])
     assert "7 broken lines are skipped" in capsys.readouterr().err
     latents = ["--data", tmp_path / "set", "--channels", 4, "--side", 8, "--classes", 0]
@@ -153,7 +173,7 @@ def test_gemma_from_pictures_to_pictures(folder, gemma, tmp_path, capsys, refuse
     captions = tmp_path / "set/captions.jsonl"
     captions.write_text(captions.read_text().replace("picture 5", "picture X"))
     again = flags_of(tmp_path, *latents)
-    assert "data text" in refused(train.main, *again)                           # other captions are another set
+    assert "data text" in refused(train.main, *again)  # other captions are another set
     captions.write_text('{"image_file": "0.png", "captions": "a"}\n')
     assert "captions of 1 pictures" in refused(train.main, *again)
 
@@ -174,13 +194,15 @@ def test_released_text_weights_sample_with_a_local_gemma(released, gemma, tmp_pa
     sample.main(["--checkpoint", str(released), "--export", str(tmp_path / "out.safetensors")])
     assert load_file(tmp_path / "out.safetensors").keys() == model.state_dict().keys()
 
-    spec = config["data"] | {"kind": "random"}                                  # no autoencoder here
+    spec = config["data"] | {"kind": "random"}  # no autoencoder here
     sample.save(tmp_path / "mine.safetensors", model.state_dict(), config | {"data": spec})
     prompts = ["red apple", "sun"]
-    sampler = sample.open_sampler(tmp_path / "mine.safetensors", CPU, prompts=prompts, text_encoder=str(gemma))
+    sampler = sample.open_sampler(
+        tmp_path / "mine.safetensors", CPU, prompts=prompts, text_encoder=str(gemma)
+    )
     found = sampler.latents([0, 1], [0, 1], 1, seed=0)
     encode = data.load_text_encoder(str(gemma), pad_to_length=True)
-    features, mask = encode([*prompts, ""])                                     # padding is seen, as trained
+    features, mask = encode([*prompts, ""])  # padding is seen, as trained
     assert features.shape[1] == 256
     z = sample.initial_noise(config["data"]["shape"], 0, range(2))
     y, null = (features[:2], mask[:2]), (features[[2, 2]], mask[[2, 2]])
@@ -193,8 +215,21 @@ def test_released_text_weights_are_trained_on_as_they_were(released, monkeypatch
     old = sample.load(released)[2]["model"]
     monkeypatch.setitem(SIZES, "demo", {k: old[k] for k in ("depth", "width", "heads", "adaln")})
     spec = data.DataSpec("random", (old["channels"], 4, 4), text={"width": 20})
-    flags = ["--transport", "otfm", "--predict", "f", "--init", str(released), "--patch", str(old["patch"])]
-    for more, rule in (([], "--no-caption_mask"), (["--no-caption_mask"], "--rope_layout released"), (None, None)):
+    flags = [
+        "--transport",
+        "otfm",
+        "--predict",
+        "f",
+        "--init",
+        str(released),
+        "--patch",
+        str(old["patch"]),
+    ]
+    for more, rule in (
+        ([], "--no-caption_mask"),
+        (["--no-caption_mask"], "--rope_layout released"),
+        (None, None),
+    ):
         more = ["--no-caption_mask", "--rope_layout", "released"] if more is None else more
         cfg, _ = train.parse_config([*flags, "--size", "demo", *more])
         network = train.network_arguments(cfg, spec)
@@ -202,7 +237,9 @@ def test_released_text_weights_are_trained_on_as_they_were(released, monkeypatch
             with pytest.raises(UserError, match=rule):
                 train.build(cfg, network, CPU, FP32)
         else:
-            assert_same(train.build(cfg, network, CPU, FP32).model.state_dict(), load_as_saved(released))
+            assert_same(
+                train.build(cfg, network, CPU, FP32).model.state_dict(), load_as_saved(released)
+            )
 
 
 def load_as_saved(file):
@@ -216,7 +253,20 @@ def test_prompts_are_refused_by_a_network_of_classes(golden_model, tmp_path, ref
 
 
 def test_the_emoji_preset_trains_and_draws_its_prompts(tmp_path):
-    train.main(["--config", "emoji", "--steps", "2", "--batch", "4", "--device", "cpu", "--runs", str(tmp_path)])
+    train.main(
+        [
+            "--config",
+            "emoji",
+            "--steps",
+            "2",
+            "--batch",
+            "4",
+            "--device",
+            "cpu",
+            "--runs",
+            str(tmp_path),
+        ]
+    )
     config = sample.load(tmp_path / "emoji")[2]
     assert "red apple" in config["data"]["prompts"] and config["train"]["size"] == "emoji"
     assert (tmp_path / "emoji/samples/step_00000002.png").is_file()
@@ -229,7 +279,9 @@ def test_a_text_preset_needs_captions():
     neither = data.DataSpec("latents", (32, 16, 16))
     with pytest.raises(UserError, match="neither classes nor captions"):
         train.network_arguments(train.PRESETS["t2i_xl"], neither)
-    cfg, _ = train.parse_config(["--config", "t2i_xl", "--no-caption_mask", "--rope_layout", "released"])
+    cfg, _ = train.parse_config(
+        ["--config", "t2i_xl", "--no-caption_mask", "--rope_layout", "released"]
+    )
     text = data.DataSpec("latents", (32, 16, 16), text={"width": 1152})
     network = train.network_arguments(cfg, text)
     assert not network["caption_mask"] and network["rope_layout"] == "released"
@@ -249,5 +301,7 @@ def test_another_text_encoder_folder_draws_the_same(folder, tmp_path, gemma):
     """The folder of the encoder may have moved: --text_encoder says where it is now."""
     run = train_here(tmp_path, *on(folder, "--text_encoder", gemma, "--steps", 1))
     moved = shutil.copytree(gemma, tmp_path / "moved")
-    draw = lambda **given: sample.open_sampler(run, CPU, prompts=["a"], **given).latents([0], [0], 1, 0)
+    draw = lambda **given: sample.open_sampler(run, CPU, prompts=["a"], **given).latents(
+        [0], [0], 1, 0
+    )
     torch.testing.assert_close(draw(), draw(text_encoder=str(moved)))
