@@ -1,6 +1,6 @@
 """Pictures to latents to batches, and network space back to pictures.
 
-    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out latents  # again = resume
+    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out latents  # or resume
     python data.py encode --native --size 256 512 --images pictures --out latents     # in buckets
     python data.py inspect latents                          # statistics, checksums, a contact sheet
 
@@ -305,6 +305,18 @@ def crop(picture: Image.Image, height: int, width: int = 0) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
+def open_cropped(entry: Entry, size, upright: bool = False) -> np.ndarray:
+    return crop(open_picture(io.BytesIO(entry.read()), upright), *size)
+
+
+def attempt(function, *args):
+    """(result, ""), or (None, the message of its ValueError)."""
+    try:
+        return function(*args), ""
+    except ValueError as error:
+        return None, str(error)
+
+
 def label_pictures(root, pictures: list[Entry]) -> tuple[list[str], np.ndarray]:
     """Sorted class names and each picture's label: the first folder that differs. The name of a tar
     counts only if it has no folders inside."""
@@ -365,8 +377,8 @@ def read_sidecar(entry: Entry) -> str:
 
 
 def find_captions(files: list[Entry], pictures: list[Entry]) -> dict[str, list[str]]:
-    """{picture: captions}, of the first source that exists: captions.jsonl, metadata.jsonl (names are
-    relative to its folder), texts beside the pictures, NAME.txt or else NAME.json."""
+    """{picture: captions}, of the first source that exists: captions.jsonl, metadata.jsonl (names
+    are relative to its folder), texts beside the pictures, NAME.txt or else NAME.json."""
     for title in ("captions.jsonl", "metadata.jsonl"):
         found = {}
         for table in (f for f in files if PurePosixPath(f.name).name == title):
@@ -378,10 +390,12 @@ def find_captions(files: list[Entry], pictures: list[Entry]) -> dict[str, list[s
             require(some, f"{title} names none of the pictures, but {list(found)[:3]}")
             return found
     names = {os.path.splitext(p.name)[0]: p.name for p in pictures}
-    beside = [(*os.path.splitext(f.name), f) for f in files]
-    beside = [(names[stem], f) for stem, end, f in beside if stem in names and end in (".json", ".txt")]
-    texts = in_threads(read_sidecar, ((f,) for _, f in beside), 16)
-    return {name: [text] for (name, _), text in zip(beside, texts) if text}  # .txt is the later one
+    found, beside = {}, [f for f in files if f.name.endswith((".json", ".txt"))]
+    beside = [f for f in beside if os.path.splitext(f.name)[0] in names]
+    for file, text in zip(beside, in_threads(read_sidecar, zip(beside), 16)):
+        if text:                                        # files are sorted: NAME.txt comes later
+            found[names[os.path.splitext(file.name)[0]]] = [text]
+    return found
 
 
 class Found(NamedTuple):
@@ -514,10 +528,9 @@ class DataSet:
             return f"{len(self):,} pictures with {self.captions.null:,} captions"
         classes = self.spec.classes
         counts = zip(classes[:10], np.bincount(self.labels, minlength=len(classes)))
-        shown = [f"{name} {n:,}" for name, n in counts]
-        if len(classes) > 10:
-            shown.append("...")
-        return f"{len(self):,} pictures of {len(classes)} classes: {', '.join(shown)}"
+        shown = ", ".join(f"{name} {n:,}" for name, n in counts)
+        more = ", ..." if len(classes) > 10 else ""
+        return f"{len(self):,} pictures of {len(classes)} classes: {shown}{more}"
 
     def fingerprint(self) -> str:
         """16 hex digits of what the set holds, wherever it lies."""
@@ -544,18 +557,17 @@ class PictureFiles:
                 return self.cache[k], k
             if k in self.broken:
                 continue
-            try:
-                picture = crop(open_picture(io.BytesIO(self.entries[k].read())), self.side)
-            except ValueError as error:
-                if k not in self.broken:                # nor has another thread said so
-                    self.broken.add(k)
-                    entry = self.entries[k]
-                    print(f"{entry.file}: {entry.name} is skipped: {error}", file=sys.stderr)
-                continue
-            if (len(self.cache) + 1) * picture.nbytes <= CACHE:
-                self.cache[k] = picture
-            return picture, k
-        raise UserError(f"{self.entries[0].file}: none of {n} pictures can be opened; give other files")
+            entry = self.entries[k]
+            picture, why = attempt(open_cropped, entry, (self.side, self.side))
+            if not why:
+                if (len(self.cache) + 1) * picture.nbytes <= CACHE:
+                    self.cache[k] = picture
+                return picture, k
+            if k not in self.broken:                    # as another thread may have said so
+                self.broken.add(k)
+                print(f"{entry.file}: {entry.name} is skipped: {why}", file=sys.stderr)
+        file = self.entries[0].file
+        raise UserError(f"{file}: none of {n} pictures can be opened; give other files")
 
     def take(self, indices) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (B, 3, side, side), and the indices of what was read."""
@@ -630,7 +642,7 @@ def open_torchvision(name: str, mirror: bool | None) -> DataSet:
 
 
 def open_folder(root: Path, side: int, mirror: bool | None) -> DataSet:
-    """Pictures of a folder or tar. Class folders are mirrored; captions may tell left from right."""
+    """Pictures in files. Class folders are mirrored; captions may tell left from right."""
     found = find_pictures(root)
     files, n = PictureFiles(found.pictures, side), len(found.pictures)
     some = np.linspace(0, n - 1, min(n, 256)).astype(int).tolist()  # spread over all classes
@@ -667,7 +679,7 @@ class Shards:
         return np.stack([self.slices[shard][row, h] for shard, row, h in rows])
 
 
-def load_latents(latents: Shards, features: Shards | None, spec: DataSpec, mirror: bool, indices, rng):
+def load_latents(latents: Shards, features: Shards | None, spec, mirror: bool, indices, rng):
     """Of the picture or its mirror image, drawn from the posterior if that is stored."""
     half = rng.integers(2, size=len(indices)) * mirror
     z = latents.read(indices, half).astype(np.float32)  # (B, C or 2 C, h, w)
@@ -709,8 +721,8 @@ def open_latents(folder: Path, want_features: bool, mirror: bool) -> DataSet:
         require(same, f"{folder}: features of other pictures; delete features_* and encode again")
         features_shape = tuple(features.shapes[0][2:])
     names = [shard.get("sha256", shard["file"]) for shard in meta["shards"]]
-    load = partial(load_latents, latents, features, spec, mirror)
-    return DataSet(spec, latents.labels, load, captions, names, list(buckets.values()), features_shape)
+    load, ranges = partial(load_latents, latents, features, spec, mirror), list(buckets.values())
+    return DataSet(spec, latents.labels, load, captions, names, ranges, features_shape)
 
 
 def random_data(shape, classes: int) -> DataSet:
@@ -784,7 +796,7 @@ def positions(n: int, batch: int, seed: int, step: int, slot: int, of: int) -> n
 
 @lru_cache(maxsize=2)
 def epoch_batches(buckets: tuple, sizes: tuple, seed: int, epoch: int) -> list[np.ndarray]:
-    """Each bucket, shuffled, is cut into batches of its size, without remainder; these are shuffled."""
+    """Each bucket, shuffled, is cut into whole batches of its size, and these are shuffled."""
     rng, parts = np.random.default_rng((seed, epoch)), []
     for bucket, size in zip(buckets, sizes):
         order = bucket.start + rng.permutation(len(bucket))
@@ -825,6 +837,9 @@ def batches(data: DataSet, batch: int, seed: int, slots: list[int], of: int, sta
 
 def load_pretrained(library: str, kind: str, flag: str, path: str):
     """library.kind.from_pretrained(path). raises UserError that says what to install or to give."""
+    way = "give a folder or hub name, as of hf download NAME --local-dir FOLDER"
+    absent = str(path).startswith((".", "/", "~")) and not os.path.isdir(path)
+    require(not absent, f"{flag}: there is no such folder; {way}")
     try:
         package = importlib.import_module(library)
     except ImportError as error:
@@ -835,7 +850,6 @@ def load_pretrained(library: str, kind: str, flag: str, path: str):
         return getattr(package, kind).from_pretrained(path)
     except Exception as error:                          # errors of hub and files share no type
         line = str(error).strip().split("\n")[0]
-        way = "give a folder or hub name, as of hf download NAME --local-dir FOLDER"
         raise UserError(f"{flag}: does not load ({line}); {way}") from error
 
 
@@ -902,7 +916,7 @@ class TextEncoder:
 
 
 def load_text_encoder(name: str, device="cpu", length: int = 256, pad_to_length: bool = False):
-    """`WordHashes` for "bytes", or the `TextEncoder` of a folder or hub name; `.spec` describes it."""
+    """`WordHashes` for "bytes", or the `TextEncoder` of a folder or hub name; both have `.spec`."""
     if name == "bytes":
         return WordHashes()
     flag, path = f"--text_encoder {name}", os.path.abspath(name) if os.path.isdir(name) else name
@@ -966,8 +980,8 @@ def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
 
 @torch.no_grad()
 def encode_pictures(vae, means: bool, x: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float16 (B, 2, C or 2 C, h, w), not scaled: of picture and mirror image,
-    the posterior's mean and standard deviation, or the mean alone."""
+    """uint8 (B, 3, H, W) -> float16 (B, 2, C or 2 C, h, w), not scaled: of picture and mirror
+    image, the posterior's mean and standard deviation, or the mean alone."""
     x = (x.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
     out = vae.encode(torch.cat([x, x.flip(3)]))
     if "latent" in out:
@@ -1051,8 +1065,8 @@ def draw_text(text: str, width: int, height: int, mode: str) -> Image.Image:
 
 
 def grid(rows: np.ndarray, scale: int = 1, names=(), row_names=(), gap: int = 2) -> Image.Image:
-    """uint8 (R, C, H, W, K) as one picture with white gaps, each pixel `scale` wide; names of columns
-    below, names of rows at the left."""
+    """uint8 (R, C, H, W, K) as one picture with white gaps, each pixel `scale` wide; names of
+    columns below, names of rows at the left."""
     r, c, h, w, k = rows.shape
     h, w, gap = h * scale, w * scale, gap * scale
     left, below, bottom = 64 if row_names else 0, 56 if names else 0, r * (h + gap) - gap
@@ -1102,14 +1116,6 @@ class EncodeConfig:
         {"type": natural})
     device: str = flag("auto", "auto, cpu, cuda, mps (auto)")
     precision: str = flag("auto", "of the networks", {"choices": ("auto", "fp32", "bf16")})  # fmt: skip
-
-
-def attempt(function, *args):
-    """(result, ""), or (None, the message) of a ValueError."""
-    try:
-        return function(*args), ""
-    except ValueError as error:
-        return None, str(error)
 
 
 def bucket_sizes(side: int, step: int) -> list[tuple[int, int]]:
@@ -1226,12 +1232,8 @@ def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
     return makers, shards
 
 
-def open_cropped(entry: Entry, size, upright: bool) -> np.ndarray:
-    return crop(open_picture(io.BytesIO(entry.read()), upright), *size)
-
-
 def encode_shard(cfg: EncodeConfig, kind: str, make, size, pictures: list) -> tuple[dict, dict]:
-    """[(Entry, label)] -> tensors of a shard, {kind: (n, ...) float16, "labels": (n,)}; its record."""
+    """[(Entry, label)] -> {kind: (n, ...) float16, "labels": (n,)} of a shard, and its record."""
     parts, labels, skipped = [], [], []
     jobs = ((open_cropped, entry, size, cfg.native) for entry, _ in pictures)
     stream = in_threads(attempt, jobs, cfg.workers, ahead=4 * cfg.batch)
@@ -1325,7 +1327,6 @@ def encode(cfg: EncodeConfig) -> None:
 
 
 def inspect(path: str, device: str, autoencoder: str | None, sheet: str) -> None:
-    """What a set is, whether it is complete, and how it looks."""
     data = open_data(path)
     print(f"{path}: {data.describe()}; {data.spec.kind} {data.spec.shape} {data.spec.autoencoder}")
     for (h, w), bucket in zip(data.spec.buckets, data.buckets):
@@ -1333,9 +1334,8 @@ def inspect(path: str, device: str, autoencoder: str | None, sheet: str) -> None
     most = max(data.buckets, key=len)
     some = np.linspace(most[0], most[-1], min(1024, len(most))).astype(int)
     x = data.read(some, np.random.default_rng(0)).x
-    print("channel     mean      std   in network space, should be near 0 and 1")
     for c, values in enumerate(x.transpose(0, 1)):
-        print(f"{c:7} {values.mean():8.3f} {values.std():8.3f}")
+        print(f"channel {c}: mean {values.mean():.3f} and deviation {values.std():.3f}, near 0 and 1?")
     if data.spec.kind == "latents":
         folder = Path(path).expanduser()
         meta = read_json(folder / "meta.json")
@@ -1349,10 +1349,10 @@ def inspect(path: str, device: str, autoencoder: str | None, sheet: str) -> None
     except UserError as error:
         print(f"no contact sheet: {error}")
         return
-    pixels = decode(x[:: max(1, len(x) // 32)][:32])
-    columns = min(8, len(pixels))
-    rows = len(pixels) // columns
-    write_picture(grid(pixels[: rows * columns].reshape(rows, columns, *pixels.shape[1:])), sheet)
+    columns = min(8, len(x))
+    rows = min(4, len(x) // columns)
+    pixels = decode(x[:: len(x) // (rows * columns)][: rows * columns])
+    write_picture(grid(pixels.reshape(rows, columns, *pixels.shape[1:])), sheet)
     print(f"contact sheet: {sheet}")
 
 

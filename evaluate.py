@@ -72,7 +72,7 @@ def digest(*parts) -> str:
 # --- fid: pictures --------------------------------------------------------------------------------
 
 SETS = ("demo", "emoji", *data.TORCHVISION)
-INTEGER, INTEGERS = {"type": data.positive_int}, {"type": data.positive_int, "nargs": "+"}
+INTEGER, PATH = {"type": data.positive_int}, {"type": Path}  # keywords of add_argument
 FINITE = data.number(float, -data.LARGEST, data.LARGEST, "a finite number")
 
 
@@ -83,9 +83,10 @@ class FidConfig:
     reference: str = flag("", f"folder of pictures, .npz, or {', '.join(SETS)}", {"required": True})
     reference_num: int | None = flag(None, "use so many of its pictures", INTEGER)
     images: str = flag("", "score this folder of pictures instead of a network")
-    checkpoint: tuple = flag((), "default: the newest run", {"nargs": "+", "type": Path})
+    checkpoint: tuple = flag((), "default: the newest run", PATH | {"nargs": "+"})
     num: int | None = flag(None, "pictures (default: 50000, or all of --images)", INTEGER)
-    steps: tuple = flag((1, 2, 4, 8, 16, 32, 64, 128), "default 1 2 4 8 16 32 64 128", INTEGERS)
+    steps: tuple = flag((1, 2, 4, 8, 16, 32, 64, 128), "default 1 2 4 8 16 32 64 128",
+        INTEGER | {"nargs": "+"})
     guidance: tuple = flag((None,), "default: the checkpoint's", {"nargs": "+", "type": FINITE})
     interval: tuple | None = flag(None, "guide at these fractions of the times (default: so, too)",
         {"nargs": 2, "type": data.share, "metavar": ("LOW", "HIGH")})
@@ -97,9 +98,8 @@ class FidConfig:
     autoencoder: str | None = flag(None, "folder or hub name (default: what the checkpoint names)")
     side: int | None = flag(None, "crop pictures of --images and --reference to this", INTEGER)
     inception: str | None = flag(None, "weights in torch-fidelity's form (default: it downloads)")
-    cache: Path = flag(Path("runs/reference"), "default runs/reference", {"type": Path})
-    plot: Path | None = flag(None, "PNG of FID over steps (default: beside the records)",
-        {"type": Path})
+    cache: Path = flag(Path("runs/reference"), "default runs/reference", PATH)
+    plot: Path | None = flag(None, "PNG of FID over steps (default: beside the records)", PATH)
     seed: int = flag(0, "of the noise (default 0)", {"type": data.natural})
     batch: int = flag(100, "pictures per pass (default 100)", INTEGER)
     device: str = flag("auto", "auto (default: cuda, else cpu), cuda, mps or cpu")  # fmt: skip
@@ -566,7 +566,6 @@ def speed(cfg: train.Config, steps: list[int], seconds: float) -> None:
     for guidance, k in itertools.product((1.0, 1.5), steps):
         draw_some = partial(sample.generate, model, transport, z, y, k, guidance, null=null)
         actions[f"sampling, {k} steps, guided {guidance:g}"] = draw_some
-
     side = 8192 if device.type == "cuda" else 1024
     square = torch.randn(side, side, device=device).to(dtype)
     rate = 2 * side**3 / measure(lambda: square @ square, device, seconds)[0]

@@ -17,7 +17,8 @@ import torch.distributed as dist
 import train
 
 CFG = replace(train.Config(), size="demo", patch=2, keep=2)
-NETWORK = {"channels": 2, "patch": 2, **train.SIZES["demo"], "classes": 3}
+SIZES = {"depth": 2, "width": 64, "heads": 2, "adaln": 16}
+NETWORK = {"channels": 2, "patch": 2, **SIZES, "classes": 3}
 RECORD = {"model": NETWORK, "data": {}, "train": asdict(CFG), "fingerprint": ""}
 TYPES = (torch.float32, torch.bfloat16)
 

@@ -1,6 +1,6 @@
 """Runs of train.py for the tests: in this process, as a shell starts it, and several in turn.
 
-As a script, torchrun starts it: python launch.py FILE trains every list of flags in FILE (JSON), in
+As a script, torchrun starts it: python launch.py FILE 0|1 trains every list of flags in FILE (JSON), in
 the same processes; what a rank is refused is written to FILE.RANK.
 """
 
@@ -83,10 +83,13 @@ def succeed(runs, *flags, **how) -> str:
     return text
 
 
-def in_turn(folder: Path, ranks: int, lines: list[list[str]]) -> tuple[list[list[str]], str]:
-    """Train all lines on the same ranks; returns what each rank was refused, and the output."""
+def in_turn(folder: Path, ranks: int, lines: list[list[str]], pictures=False):
+    """Train all lines on the same ranks; with pictures, the first makes them.
+
+    returns  what each rank was refused, list[list[str]], and the output
+    """
     (folder / "lines.json").write_text(json.dumps(lines))
-    code, text = shell([*torchrun(ranks), __file__, folder / "lines.json"])
+    code, text = shell([*torchrun(ranks), __file__, folder / "lines.json", int(pictures)])
     assert code == 0, text
     refused = [json.loads((folder / f"lines.json.{rank}").read_text()) for rank in range(ranks)]
     return refused, text
@@ -116,6 +119,8 @@ if __name__ == "__main__":
     file, refused = sys.argv[1], []
     (rank, world_size), join = data.ranks(), dist.init_process_group
     for k, line in enumerate(json.loads(Path(file).read_text())):
+        if k or sys.argv[2] == "0":
+            train.sample_grid = train.draw_curve = no_picture
         # each group meets in a file of its own: torchrun's store still has the keys of the last one
         store = dist.FileStore(f"{file}.store{k}", world_size)
         dist.init_process_group = partial(join, store=store, rank=rank, world_size=world_size)
@@ -123,5 +128,4 @@ if __name__ == "__main__":
             train.main(line)
         except data.UserError as error:
             refused.append(str(error))
-        train.sample_grid = train.draw_curve = no_picture  # after the first
     Path(f"{file}.{rank}").write_text(json.dumps(refused))

@@ -59,12 +59,16 @@ if "tiny" not in torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY:
     torch_fidelity.register_feature_extractor("tiny", Tiny)
 
 
+def save_tiny(folder: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    weights = {"features": torch.randn(192, 24, generator=g) / 14, "logits": torch.randn(24, 10, generator=g)}
+    torch.save(weights, folder / "tiny.pth")
+
+
 @pytest.fixture(autouse=True)
 def tiny(tmp_path, monkeypatch):
     """Weights of the stand-in, and everything written under tmp_path."""
-    g = torch.Generator().manual_seed(0)
-    weights = {"features": torch.randn(192, 24, generator=g) / 14, "logits": torch.randn(24, 10, generator=g)}
-    torch.save(weights, tmp_path / "tiny.pth")
+    save_tiny(tmp_path)
     monkeypatch.setattr(evaluate, "EXTRACTOR", "tiny")
     monkeypatch.chdir(tmp_path)
 
@@ -308,20 +312,30 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("args, message", BAD.values(), ids=BAD)
-def test_bad_input_is_named(args, message, tmp_path, run):
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory) -> Path:
+    """A folder with good and bad input of every kind, and a run."""
+    root = tmp_path_factory.mktemp("spoiled")
     for name, n, side in (("a", 20, 16), ("b", 40, 16), ("few", 12, 16), ("large", 30, 20), ("corrupt", 30, 16)):
-        pictures(tmp_path / name, n, 1, side)
-    pictures(tmp_path / "mixed", 30, 6, side=20)
-    pictures(tmp_path / "mixed", 12, 6)
-    (tmp_path / "empty").mkdir()
-    spoiled = tmp_path / "corrupt/000003.png"
-    spoiled.write_bytes(spoiled.read_bytes()[:60])
-    np.savez("odd.npz", x=np.ones(3))
-    np.savez("grey.npz", arr_0=np.ones((9, 4, 4), np.uint8))
-    np.savez("wide.npz", mu=np.ones(30), sigma=np.eye(30))
-    torch.save({"a": torch.ones(2)}, "other.pth")
-    torch.save(print, "code.pth")
+        pictures(root / name, n, 1, side)
+    pictures(root / "mixed", 30, 6, side=20)
+    pictures(root / "mixed", 12, 6)
+    (root / "empty").mkdir()
+    cut = root / "corrupt/000003.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    np.savez(root / "odd.npz", x=np.ones(3))
+    np.savez(root / "grey.npz", arr_0=np.ones((9, 4, 4), np.uint8))
+    np.savez(root / "wide.npz", mu=np.ones(30), sigma=np.eye(30))
+    torch.save({"a": torch.ones(2)}, root / "other.pth")
+    torch.save(print, root / "code.pth")
+    save_tiny(root)
+    checkpoint(root / "runs" / "small")
+    return root
+
+
+@pytest.mark.parametrize("args, message", BAD.values(), ids=BAD)
+def test_bad_input_is_named(args, message, spoiled, monkeypatch):
+    monkeypatch.chdir(spoiled)
     with pytest.raises(UserError, match=message):
         fid(*args)
 
