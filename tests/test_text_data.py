@@ -267,8 +267,8 @@ def test_words_are_hashed_the_same_everywhere_and_similar_words_are_close():
 
 
 def test_an_encoder_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):
-    for path in (tmp_path / "none", tmp_path):
-        way = f"--text_encoder {path}: does not load .*hf download NAME --local-dir FOLDER"
+    for path, rule in ((tmp_path / "none", "there is no such folder"), (tmp_path, "does not load")):
+        way = f"--text_encoder {path}: {rule}.*hf download NAME --local-dir FOLDER"
         with pytest.raises(UserError, match=way):
             data.load_text_encoder(str(path))
     monkeypatch.setitem(sys.modules, "transformers", None)
