@@ -208,7 +208,7 @@ def claim(file, record: dict) -> None:
         old, new = found.get(key), record.get(key)
         if isinstance(old, list) and isinstance(new, list) and old != new:
             old, new = next((a, b) for a, b in zip_longest(old, new) if a != b)
-        way = "use the same, give another --out, or delete that folder"
+        way = "use the same, give another folder, or delete both that file and its folder"
         require(old == new, f"{file} was written with {key} = {old}, not {new}; {way}")
 
 
@@ -533,9 +533,10 @@ class DataSet:
         return f"{len(self):,} pictures of {len(classes)} classes: {shown}{more}"
 
     def fingerprint(self) -> str:
-        """16 hex digits of what the set holds, wherever it lies."""
+        """16 hex digits of what the set holds, wherever it lies: labels, captions, and pixels, digests
+        of shards or, of pictures in files, their names."""
         captions = self.captions.digest() if self.captions is not None else ""
-        record = json.dumps([self.spec.to_json(), self.names, captions])
+        record = json.dumps([self.names, self.spec.classes, captions])
         return hashlib.sha256(record.encode() + self.labels.tobytes()).hexdigest()[:16]
 
 
@@ -918,6 +919,7 @@ class TextEncoder:
 def load_text_encoder(name: str, device="cpu", length: int = 256, pad_to_length: bool = False):
     """`WordHashes` for "bytes", or the `TextEncoder` of a folder or hub name; both have `.spec`."""
     if name == "bytes":
+        require(not pad_to_length, "the encoder 'bytes' needs --caption_mask, its padding is hidden")
         return WordHashes()
     flag, path = f"--text_encoder {name}", os.path.abspath(name) if os.path.isdir(name) else name
     net = load_network("transformers", flag, path, device, pick_dtype(torch.device(device)))
@@ -958,6 +960,7 @@ class Texts:
         self.mask = F.pad(mask.to(self.device), (0, padding))
 
     def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        y = y.masked_fill(y < 0, self.null)             # sample.NO_CONDITION
         rows = self.rows[torch.searchsorted(self.numbers, y)]
         return self.features[rows], self.mask[rows]
 
@@ -1146,9 +1149,11 @@ def choose_bucket(size, tables: list, upscale: bool) -> tuple[int, int]:
 def find_bucket(entry: Entry, tables: list, upscale: bool) -> tuple[int, int]:
     """That of a picture as EXIF turns it, from its header. raises ValueError if there is none."""
     try:
-        with Image.open(io.BytesIO(entry.read()) if entry.inside else entry.file) as picture:
+        with Image.open(io.BytesIO(entry.read())) as picture:
             turned = picture.format != "TIFF" and picture.getexif().get(0x0112, 1) > 4
             size = picture.size if turned else picture.size[::-1]
+    except UserError:                                   # a failing disk
+        raise
     except Exception as error:                          # decoders raise errors of any type
         raise ValueError(reason(error)) from error
     return choose_bucket(size, tables, upscale)

@@ -284,7 +284,8 @@ class TiM(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Xavier for products, small normals for classes and times, zeros where a branch ends."""
+        """Xavier for products; as the authors, small normals for the class table and t_embedder,
+        zeros where a branch ends."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a view, of a kernel too

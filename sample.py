@@ -171,9 +171,9 @@ def network_f(model: TiM, transport: Transport, texts=None):
 
     def f(x_t, t, r, y, aligned=False):
         if texts:
-            y = texts(y % (texts.null + 1))  # NO_CONDITION becomes the last number
+            y = texts(y)
         elif model.classes is not None:
-            y = y % (model.classes + 1)
+            y = y.masked_fill(y < 0, model.classes)  # NO_CONDITION is the last row of the table
         seen = x_t, transport.c_noise(t), transport.c_noise(r), y
         out, tokens = model(*seen, aligned=True) if aligned else (model(*seen), None)
         if model.predict == "x":
@@ -316,6 +316,9 @@ class Sampler:
         shift = resolution_shift(tokens, self.config["train"].get("shift", 0))
         options = {"shift": shift, "noise": noise, "trace": trace} | self.options
         options |= {"start": self.start, "strength": self.strength}
+        known = self.texts.null if self.texts else len(self.spec.classes)
+        valid = all(-1 <= number < known for number in conditions)
+        require(valid, f"conditions {list(conditions)}: numbers from 0 to {known - 1}, or -1 for none")
         y = torch.tensor(conditions, device=device)
         if self.texts:
             self.texts.fetch(y)

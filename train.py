@@ -52,7 +52,8 @@ def opt(default, text, kind=None, choices=None):
     return field(default=default, metadata={"help": text, "kind": kind, "choices": choices})
 
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said of every lone process
+# a checkpoint of a single process warns that torch.distributed is not in use
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 POSITIVE, NATURAL = data.positive_int, data.natural
 FLOAT, NOT_NEGATIVE, SHARE = data.positive_float, data.non_negative_float, data.share
 
@@ -84,7 +85,8 @@ class Config:
     time_std: float | None = opt(None, "deviation of that draw; default the transport's", FLOAT)
     diffusion_at: str = opt("later", "of its two draws, the time of a sample with r = t",
         choices=("later", "one", "earlier"))
-    shift: int = opt(0, "shift times by sqrt(tokens / this); 0 = never", NATURAL)
+    shift: int = opt(0, "tokens of a picture whose times are not shifted: s = sqrt(tokens / this);\n"
+        "0 = no shift", NATURAL)
     derivative: str = opt("dde", "df/dt by difference or by autodiff", choices=("dde", "jvp"))
     tangent: str = opt("data", "df/dt along the path of the data's pair (x, eps), as in\n"
         "the paper, or of the pair that the network sees at (t, t)", choices=("data", "network"))
@@ -112,7 +114,7 @@ class Config:
     beta2: float = opt(0.95, "AdamW's second beta", SHARE)
     weight_decay: float = opt(0.01, "AdamW's weight decay", NOT_NEGATIVE)
     clip: float = opt(1.0, "largest gradient norm", FLOAT)
-    ema: float = opt(0.9999, "decay of the averaged weights, from (1 + n) / (10 + n)", SHARE)
+    ema: float = opt(0.9999, "decay of the averaged weights; (1 + n) / (10 + n) if less", SHARE)
     precision: str = opt("auto", "of attention and MLP; auto = bf16 on GPUs that have it",
         choices=("auto", "fp32", "bf16"))
     replicate: int = opt(1, "copies of the sharded network, dividing the ranks", POSITIVE)
@@ -153,7 +155,10 @@ SMALL = Config(
 )
 PRESETS = {
     "demo": replace(SMALL, patch=7, steps=1500, batch=64, lr=3e-3),
-    "emoji": replace(SMALL, data="emoji", size="emoji", patch=8, steps=2800, batch=32, lr=1.5e-3),
+    "emoji": replace(
+        SMALL, data="emoji", size="emoji", patch=8, steps=2800, batch=32, lr=1.5e-3, predict="f",
+        tangent="data",
+    ),
     # 256 tokens, 512 epochs: 1.4 hours of one H100 at 40% of its bf16 peak, computed from 4.5
     # forward passes of 17 GFLOPs a picture, not yet measured
     "cifar10": replace(
@@ -210,7 +215,8 @@ def parse_config(argv=None) -> tuple[Config, int]:
     name, dry_run, world_size = (given.pop(k) for k in ("config", "dry_run", "world_size"))
     if given.get("data", preset.data) != preset.data and not preset.channels:
         # other data than those that the preset was made for: what depends on them is found anew
-        name = Path(given["data"]).name or name
+        known = Path(given["data"]).name
+        name = f"{known}_{name}" if known in PRESETS else known or name
         preset = replace(preset, patch=0, batch=0, sample_every=250)
     if TRANSPORTS[given.get("transport", preset.transport)].mean is None:
         preset = replace(preset, time_mean=None, time_std=None)
@@ -294,7 +300,8 @@ def time_derivative(f, transport: Transport, cfg: Config, x, eps, t, r, y):
     """df/dt (B, C, H, W) where r < t, and zero for the first samples, with r = t, that need none.
 
     Along the path of (x, eps) or, for cfg.tangent "network", of the pair that the network itself
-    sees behind x_t: the target is linear in df/dt, so its expectation stays (arXiv 2512.02012).
+    sees behind x_t. The target is linear in df/dt, so where that pair is the conditional mean, the
+    expectation of the target given x_t is the same (arXiv 2512.02012).
     """
     df_dt = torch.zeros_like(x)
     free = slice(fixed_diffusion(len(x), cfg.share_diffusion), None)
@@ -622,7 +629,7 @@ def fail_nonfinite(step: int, seen) -> None:
 # --- Set-up ---------------------------------------------------------------------------------------
 
 
-def fit(cfg: Config, spec: DataSpec, device: torch.device) -> Config:
+def fit(cfg: Config, spec: DataSpec, device: torch.device, world_size=1) -> Config:
     """Fill in what was left to the data and the device: patch and batch, each 0.
 
     Patch: the smallest that divides the sides and leaves at most 4 x 4 tokens up to 32 pixels,
@@ -641,7 +648,7 @@ def fit(cfg: Config, spec: DataSpec, device: torch.device) -> Config:
     batch = cfg.batch
     if not batch:
         one_rank = 256 if device.type == "cuda" else 64 if tokens <= 16 else 32
-        batch = one_rank * data.ranks()[1]
+        batch = one_rank * world_size
     if (patch, batch) != (cfg.patch, cfg.batch) and data.ranks()[0] == 0:
         found = f"{height}x{width} pictures, --patch {patch} = {tokens} tokens, --batch {batch}"
         print(f"chosen for these data on {device.type}: {found}")
@@ -700,7 +707,7 @@ def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) 
 
 def start_from(model: TiM, cfg: Config) -> None:
     """--init: weights of a run, a file or the hub. With another number of classes the class rows
-    start fresh (no class is kept); everything else must fit, transport and prediction too."""
+    start fresh, but for the row of no class; all else must fit, transport and prediction too."""
     old, transport, _ = load(cfg.init)
     for name, was in (("transport", transport.name), ("predict", old.predict)):
         now = getattr(cfg, name)
@@ -731,8 +738,8 @@ def dry_run(cfg: Config, world_size: int) -> None:
     require(known, f"--dry_run does not open --data {cfg.data}: {rule}")
     text = {"width": cfg.caption} if cfg.caption else None
     shape, classes = (cfg.channels, cfg.side, cfg.side), tuple(map(str, range(cfg.classes)))
-    spec = DataSpec("random", shape, classes=classes, text=text)
-    cfg = fit(cfg, spec, torch.device("cuda"))
+    spec = DataSpec("latents" if cfg.autoencoder else "pixels", shape, classes=classes, text=text)
+    cfg = fit(cfg, spec, torch.device("cuda"), world_size)
     divide(cfg, world_size)
     share, tokens = cfg.batch // (world_size * cfg.accumulate), (cfg.side // cfg.patch) ** 2
     with torch.device("meta"):
@@ -743,9 +750,10 @@ def dry_run(cfg: Config, world_size: int) -> None:
         lower_precision(model)
     own, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
-    def count(v):  # flash attention keeps no N x N matrix
-        if v.untyped_storage()._cdata not in own and v.shape[-2:] != (tokens, tokens):
-            saved[v.untyped_storage()._cdata] = v.nbytes
+    def count(v):  # flash attention keeps no N x N matrix, which the meta device does
+        scores = v.shape[-2:] == (tokens, tokens) and tokens != model.head
+        if v.untyped_storage()._cdata not in own and not scores:
+            saved[v.untyped_storage()._cdata] = v.untyped_storage().nbytes()
         return v
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda v: v):
@@ -810,7 +818,7 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
         dataset = data.open_data(cfg.data, cfg.side, cfg.align > 0, cfg.mirror)
         data.check_fits(dataset.spec, cfg.channels, cfg.side, cfg.classes, cfg.autoencoder)
     spec = dataset.spec
-    cfg = fit(cfg, spec, device)
+    cfg = fit(cfg, spec, device, world_size)
     divide(cfg, world_size)
     texts = grid_texts = None
     if dataset.captions is not None:
@@ -826,7 +834,6 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
     record = {"model": network, "data": spec.to_json(), "train": asdict(cfg)}
     record["fingerprint"] = dataset.fingerprint()
     networks = build(cfg, network, device, dtype)
-    first_rank(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
     begin = resume(folder, networks, record)
     try:
         decoder = data.Decoder(spec, device)
@@ -835,6 +842,7 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
         decoder = data.Decoder(replace(spec, kind="random"), device)
     options = sampling_options(record)
     sampler = Sampler(networks.ema, transport, record, spec, decoder, grid_texts, options, {})
+    first_rank(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
     cfg = replace(cfg, h=difference_width(cfg, dtype))
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

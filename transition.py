@@ -240,12 +240,12 @@ def sample_loss(f: Tensor, target: Tensor, cosine: bool) -> Tensor:
 
 
 def adaptive(loss: Tensor) -> Tensor:
-    """l / (stopgrad(l) + 1e-5), as in the authors' code: the gradient of log(l + 1e-5), so that all
-    samples pull equally hard and the minimiser is not the conditional mean. Log l, not this."""
+    """l / (stopgrad(l) + 1e-5), as in the authors' code: the gradient of log(l + 1e-5), so that the
+    minimiser is not the conditional mean. Its value is about 1: write the raw loss to the log."""
     return loss / (loss.detach() + 1e-5)
 
 
-TAUS = {  # name: (tau(t), the largest t that it is finite for)
+TAUS = {  # name: (tau(t), the end of the times for which it is finite)
     "identity": (lambda t: t, math.inf),
     "tan": (torch.tan, math.pi / 2),
     "ratio": (lambda t: t / (1 - t), 1.0),
