@@ -355,7 +355,10 @@ def plot_curves(curves: dict, n: int, path: Path) -> None:
     for name, points in curves.items():
         axes.plot(*zip(*sorted(points)), "o-", label=name)
     axes.legend()
-    axes.set(xscale="log", yscale="log", xlabel="NFE per picture", ylabel=f"FID, n = {n}")
+    axes.set(xscale="log", xlabel="NFE per picture", ylabel=f"FID, n = {n}")
+    ticks = sorted({nfe for points in curves.values() for nfe, _ in points})
+    axes.set_xticks(ticks, labels=[str(nfe) for nfe in ticks], minor=False)
+    axes.minorticks_off()
     figure.savefig(path, dpi=150)
 
 
