@@ -208,7 +208,7 @@ def claim(file, record: dict) -> None:
         old, new = found.get(key), record.get(key)
         if isinstance(old, list) and isinstance(new, list) and old != new:
             old, new = next((a, b) for a, b in zip_longest(old, new) if a != b)
-        way = "use the same, give another folder, or delete both that file and its folder"
+        way = "use the same, give another --out, or delete both that file and its folder"
         require(old == new, f"{file} was written with {key} = {old}, not {new}; {way}")
 
 

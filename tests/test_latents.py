@@ -290,7 +290,7 @@ def test_bad_input_is_refused_by_name(place, moments, tmp_path):
         ("no such folder or tar", [], dict(images=tmp_path / "nowhere")),
         ("multiple of 2", [], dict(size=31)),
         ("several need --native", ["--size", 32, 64], {}),
-        ("does not load", [], dict(autoencoder="nowhere")),
+        ("there is no such folder", [], dict(autoencoder="nowhere")),
         ("plan.json was written with size = 32, not 64", [], dict(size=64)),
         ("plan.json was written with native = False, not True", ["--native"], {}),
         ("plan.json was written with classes = class 1, not class 2", [], dict(images=fewer)),
