@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
+import evaluate
 import sample
 import train
 import transition
@@ -398,6 +399,16 @@ def test_the_demo_makes_no_float64_on_the_device(tmp_path, no_float64):
     flags = ["--steps", "3", "--batch", "4", "--log_every", "2", "--runs", str(tmp_path)]
     train.main([*flags, "--device", "mps"])
     assert no_float64.operations > 1000 and (tmp_path / "demo/samples/step_00000003.png").is_file()
+
+
+def test_consistency_makes_no_float64_on_the_device_and_uses_no_collective(tmp_path, no_float64, monkeypatch):
+    for name in ("all_reduce", "broadcast_object_list", "all_gather_object", "init_process_group"):
+        monkeypatch.setattr(dist, name, lambda *args, **more: pytest.fail("a collective, alone"))
+    flags = ["--steps", "2", "--batch", "4", "--runs", str(tmp_path), "--device", "mps"]
+    train.main(flags)
+    how = ["--checkpoint", str(tmp_path / "demo"), "-n", "4", "--batch", "4", "--device", "mps"]
+    evaluate.main(["consistency", *how])
+    assert (tmp_path / "demo/eval/consistency.jsonl").is_file()
 
 
 def test_every_stage_imports_without_posix_modules():
