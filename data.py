@@ -1285,7 +1285,7 @@ def write_shard(path: Path, tensors: dict, record: dict) -> None:
 
 
 def finish(out: Path, shards: int) -> dict | None:
-    """Write meta.json from the records of the shards, if all are there."""
+    """Write meta.json from the records of the shards, if all are there, those of features too."""
     meta = read_json(out / "plan.json")
     for kind in ("latents", "features"):
         files = [out / f"{kind}_{k:05}.safetensors" for k in range(shards)]
@@ -1296,7 +1296,8 @@ def finish(out: Path, shards: int) -> dict | None:
                 meta |= {"count": sum(record["count"] for record in records), "shards": records}
             else:
                 meta["features"] = read_json(out / "features.json") | {"shards": records}
-    if "shards" not in meta:
+    claimed = (out / "features.json").is_file()
+    if "shards" not in meta or (claimed and "features" not in meta):
         return None
     write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
