@@ -24,6 +24,7 @@ import textwrap
 import uuid
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import count, zip_longest
@@ -40,8 +41,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 DEMO = Path(__file__).parent / "demo"
-TORCHVISION = {"fashion": "FashionMNIST", "mnist": "MNIST"}
-TORCHVISION |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+TORCHVISION = {  # name: class of torchvision.datasets
+    "fashion": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"
+}  # fmt: skip
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 AUTOENCODERS = {  # name: path on the model hub, latent channels, scale of network space
@@ -50,6 +52,7 @@ AUTOENCODERS = {  # name: path on the model hub, latent channels, scale of netwo
 }
 BY_CHANNELS = {channels: (name, scale) for name, (_, channels, scale) in AUTOENCODERS.items()}
 FACTORS = {"sd-vae": 8, "dc-ae": 32}  # pixels per latent position and side
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its channels
 CACHE = 2**30  # bytes of cropped pictures that a process keeps in memory
 TILED = 1024**2  # pixels of a picture above which it is decoded in tiles
 GEMMA = "google/gemma-3-1b-it"  # the text encoder of the released weights
@@ -69,6 +72,16 @@ class UserError(Exception):
 def require(condition, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def explain(kind, rule: str, way: str):
+    """An error of this kind, or tuple of kinds, becomes a UserError: "RULE (its first line); WAY"."""
+    try:
+        yield
+    except kind as error:
+        why = str(error).strip().split("\n")[0]
+        raise UserError(f"{rule} ({why}); {way}") from error
 
 
 def command(main) -> None:
@@ -187,10 +200,8 @@ def write_text(path, text: str) -> None:
 
 
 def read_json(path) -> dict:
-    try:
+    with explain(ValueError, f"{path}: not valid JSON", "restore or delete it"):
         return json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); restore or delete it") from error
 
 
 def claim(file, record: dict) -> None:
@@ -232,12 +243,10 @@ class Entry(NamedTuple):
 
     def read(self) -> bytes:
         """A failing disk is a UserError: a set must not shrink because a mount is gone."""
-        try:
-            with open(self.file, "rb") as stream:
-                stream.seek(self.offset)
-                return stream.read(self.size)
-        except OSError as error:
-            raise UserError(f"{self.file}: cannot be read ({error}); check the disk") from error
+        failed = explain(OSError, f"{self.file}: cannot be read", "check the disk")
+        with failed, open(self.file, "rb") as stream:
+            stream.seek(self.offset)
+            return stream.read(self.size)
 
 
 def list_files(root) -> list[Entry]:
@@ -253,12 +262,9 @@ def list_files(root) -> list[Entry]:
             found[name] = Entry(name, str(path))
             continue
         folder = "" if path == root else name[:-4] + "/"
-        try:
-            with tarfile.open(path, mode="r:") as tar:
-                members = [(m, m.name.removeprefix("./")) for m in tar if m.isfile()]
-        except tarfile.TarError as error:
-            rule = f"not a complete, uncompressed tar ({error})"
-            raise UserError(f"{path}: {rule}; download it again or unpack it") from error
+        rule, way = f"{path}: not a complete, uncompressed tar", "download it again or unpack it"
+        with explain(tarfile.TarError, rule, way), tarfile.open(path, mode="r:") as tar:
+            members = [(m, m.name.removeprefix("./")) for m in tar if m.isfile()]
         for m, inside in members:
             found[folder + inside] = Entry(folder + inside, str(path), m.offset_data, m.size, inside)
     return [found[name] for name in sorted(found) if not PurePosixPath(name).name.startswith(".")]
@@ -327,12 +333,12 @@ def label_pictures(root, pictures: list[Entry]) -> tuple[list[str], np.ndarray]:
     if len(flat) == len(paths):
         return ["pictures"], np.zeros(len(paths), np.int64)
     require(not flat, f"{root}: {flat[:1]} lies beside the class folders; move it into one")
-    classes = sorted({path[depth] for path in paths})
+    names, labels = np.unique([path[depth] for path in paths], return_inverse=True)
+    classes = names.tolist()
     splits = len(classes) > 1 and {name.lower() for name in classes} <= SPLITS
     way = f"give one of them, such as {Path(root) / classes[0]}"
     require(not splits, f"{root}: the folders {', '.join(classes)} are splits, not classes; {way}")
-    label = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([label[path[depth]] for path in paths])
+    return classes, labels
 
 
 def parse_caption(line: bytes) -> tuple[str, list[str]]:
@@ -390,9 +396,10 @@ def find_captions(files: list[Entry], pictures: list[Entry]) -> dict[str, list[s
             require(some, f"{title} names none of the pictures, but {list(found)[:3]}")
             return found
     names = {os.path.splitext(p.name)[0]: p.name for p in pictures}
-    found, beside = {}, [f for f in files if f.name.endswith((".json", ".txt"))]
-    beside = [f for f in beside if os.path.splitext(f.name)[0] in names]
-    for file, text in zip(beside, in_threads(read_sidecar, zip(beside), 16)):
+    beside = [f for f in files if f.name.endswith((".json", ".txt"))]
+    beside = [(f,) for f in beside if os.path.splitext(f.name)[0] in names]
+    found = {}
+    for (file,), text in zip(beside, in_threads(read_sidecar, beside, 16)):
         if text:                                        # files are sorted: NAME.txt comes later
             found[names[os.path.splitext(file.name)[0]]] = [text]
     return found
@@ -426,19 +433,17 @@ class Captions:
     """Captions by number, one or several per picture; the number `null` is the empty caption."""
 
     def __init__(self, lists):
-        flat = [text.encode() for texts in lists for text in texts]
+        self.texts = [text for texts in lists for text in texts]
         self.ends = np.cumsum([len(texts) for texts in lists])
-        self.bytes = b"".join(flat)                     # millions fit in memory
-        self.cuts = np.cumsum([0, *map(len, flat)])
-        self.null = len(flat)
+        self.null = len(self.texts)
 
     def __getitem__(self, number: int) -> str:
-        if number == self.null:
-            return ""
-        return self.bytes[self.cuts[number] : self.cuts[number + 1]].decode()
+        return "" if number == self.null else self.texts[number]
 
     def digest(self) -> str:
-        content = self.bytes + self.cuts.tobytes() + self.ends.tobytes()
+        raw = [text.encode() for text in self.texts]
+        cuts = np.cumsum([0, *map(len, raw)])
+        content = b"".join(raw) + cuts.tobytes() + self.ends.tobytes()
         return hashlib.sha256(content).hexdigest()[:16]
 
     def draw(self, pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -622,18 +627,14 @@ def open_emoji(held_out: bool = False, mirror: bool = False) -> DataSet:
 
 def open_torchvision(name: str, mirror: bool | None) -> DataSet:
     """fashion, mnist, cifar10 or cifar100 from datasets/, downloaded there the first time."""
-    try:
+    with explain(ImportError, f"--data {name} needs torchvision", "pip install torchvision"):
         from torchvision import datasets
-    except ImportError as error:
-        raise UserError(f"--data {name} needs torchvision: pip install torchvision") from error
     kind, cifar = getattr(datasets, TORCHVISION[name]), name.startswith("cifar")
-    try:                                                # the others wait for rank 0, see train.set_up
-        source = kind("datasets", train=True, download=ranks()[0] == 0)
-    except Exception as error:                          # of the network or of the disk
-        files = [kind.filename] if cifar else [file for file, _ in kind.resources]
-        folder = "datasets" if cifar else f"datasets/{kind.__name__}/raw"
-        way = f"connect to the network once, or put {', '.join(files)} into {folder}"
-        raise UserError(f"--data {name}: not available ({error}); {way}") from error
+    files = [kind.filename] if cifar else [file for file, _ in kind.resources]
+    folder = "datasets" if cifar else f"datasets/{kind.__name__}/raw"
+    way = f"connect to the network once, or put {', '.join(files)} into {folder}"
+    with explain(Exception, f"--data {name}: not available", way):  # of the network or of the disk
+        source = kind("datasets", train=True, download=ranks()[0] == 0)  # see train.set_up
     labels = torch.as_tensor(source.targets).numpy()
     if cifar:
         pixels = source.data.transpose(0, 3, 1, 2)
@@ -656,11 +657,9 @@ def open_folder(root: Path, side: int, mirror: bool | None) -> DataSet:
 
 
 def open_shard(path):
-    try:
+    rule, way = f"{path}: not a complete safetensors file", "delete it and encode again"
+    with explain(SafetensorError, rule, way):
         return safe_open(path, "numpy")
-    except SafetensorError as error:
-        way = "delete it and encode again"
-        raise UserError(f"{path}: not a complete safetensors file ({error}); {way}") from error
 
 
 class Shards:
@@ -841,17 +840,12 @@ def load_pretrained(library: str, kind: str, flag: str, path: str):
     way = "give a folder or hub name, as of hf download NAME --local-dir FOLDER"
     absent = str(path).startswith((".", "/", "~")) and not os.path.isdir(path)
     require(not absent, f"{flag}: there is no such folder; {way}")
-    try:
+    with explain(ImportError, f"{flag} needs {library}", f"pip install {library}"):
         package = importlib.import_module(library)
-    except ImportError as error:
-        raise UserError(f"{flag} needs {library} ({error}); pip install {library}") from error
     package.utils.logging.set_verbosity_error()
     package.utils.logging.disable_progress_bar()
-    try:
+    with explain(Exception, f"{flag}: does not load", way):  # errors of hub and files share no type
         return getattr(package, kind).from_pretrained(path)
-    except Exception as error:                          # errors of hub and files share no type
-        line = str(error).strip().split("\n")[0]
-        raise UserError(f"{flag}: does not load ({line}); {way}") from error
 
 
 def load_network(library: str, flag: str, path: str, device="cpu", dtype=torch.float32):
@@ -924,10 +918,9 @@ def load_text_encoder(name: str, device="cpu", length: int = 256, pad_to_length:
     flag, path = f"--text_encoder {name}", os.path.abspath(name) if os.path.isdir(name) else name
     net = load_network("transformers", flag, path, device, pick_dtype(torch.device(device)))
     tokenizer = load_pretrained("transformers", "AutoTokenizer", flag, path)
-    try:
+    kinds = AttributeError, TypeError, ValueError, RuntimeError
+    with explain(kinds, f"{flag}: not a model of text", f"give another, such as {GEMMA}"):
         return TextEncoder(path, net, tokenizer, length, pad_to_length)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{flag}: not a model of text, such as {GEMMA} ({error})") from error
 
 
 class Texts:
@@ -940,13 +933,12 @@ class Texts:
     def __init__(self, captions: Captions, encoder, device, multiple: int = 1):
         self.captions, self.encoder, self.null = captions, encoder, captions.null
         self.device, self.multiple = device, multiple
-        self.complete = captions.null <= TABLE
-        if self.complete:
+        if captions.null <= TABLE:
             self.encode(range(captions.null + 1))
             self.encoder = None                         # frees its memory
 
     def fetch(self, y: Tensor) -> None:
-        if not self.complete:
+        if self.encoder is not None:
             self.encode(sorted({*y.tolist(), self.null}))
 
     def encode(self, numbers) -> None:
@@ -999,10 +991,8 @@ def encode_picture(path, spec: DataSpec, device, autoencoder: str | None = None)
     """A picture file, cropped to the size of the spec, in network space: (1, C, H, W) float32."""
     channels, height, width = spec.shape
     require(spec.kind != "random", f"{path}: a network that was trained on noise reads no pictures")
-    try:
+    with explain(ValueError, f"{path}: not a picture that opens", "give another"):
         picture = open_picture(path)
-    except ValueError as error:
-        raise UserError(f"{path}: not a picture that opens ({error})") from error
     if spec.kind == "pixels":
         picture = picture.convert("L").convert("RGB") if channels == 1 else picture
         x = torch.from_numpy(crop(picture, height, width)[None, :channels])
@@ -1088,8 +1078,8 @@ def grid(rows: np.ndarray, scale: int = 1, names=(), row_names=(), gap: int = 2)
 def write_picture(picture, path) -> None:
     """uint8 (H, W, C) or a PIL image as PNG, or JPEG if the name says so; complete or not there."""
     image = picture if isinstance(picture, Image.Image) else to_image(picture)
-    temporary = aside(path)
     jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
+    temporary = aside(path)
     image.save(temporary, "JPEG" if jpeg else "PNG", quality=95)
     os.replace(temporary, path)
 
@@ -1175,26 +1165,21 @@ def plan_buckets(cfg: EncodeConfig, step: int, pictures: list[Entry]) -> tuple[d
     return {size: groups[size] for size in order}, skipped
 
 
-def load_features(name: str, grid: int, device, dtype):
-    """A frozen image encoder: uint8 (B, 3, S, S), resized to grid x grid patches -> float16
+@torch.no_grad()
+def encode_features(net, grid: int, x: Tensor) -> Tensor:
+    """uint8 (B, 3, S, S), resized to grid x grid patches of an image encoder -> float16
     (B, 2, grid^2, F) of the picture and its mirror image."""
-    net = load_network("transformers", f"--features {name}", name, device, dtype)
     side = grid * net.config.patch_size
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    if hasattr(net.config, "norm_mean"):                # RADIO normalises by itself
-        mean, std = (0, 0, 0), (1, 1, 1)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
-
-    @torch.no_grad()
-    def features(x):
-        x = F.interpolate(x.to(device).float() / 255, (side, side), mode="bicubic", antialias=True)
-        x = ((x.clamp(0, 1) - mean) / std).to(dtype)
-        out = net(torch.cat([x, x.flip(3)]))
-        tokens = out["features"] if "features" in out else out.last_hidden_state
-        tokens = tokens[:, -grid * grid :].half()       # without class token and registers
-        return tokens.unflatten(0, (2, -1)).transpose(0, 1)
-
-    return features
+    x = x.to(net.device).float() / 255
+    x = F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    if not hasattr(net.config, "norm_mean"):            # RADIO normalises by itself
+        mean, std = torch.tensor(IMAGENET, device=x.device).view(2, 3, 1, 1)
+        x = (x - mean) / std
+    x = x.to(net.dtype)
+    out = net(torch.cat([x, x.flip(3)]))
+    tokens = out["features"] if "features" in out else out.last_hidden_state
+    tokens = tokens[:, -grid * grid :].half()           # without class token and registers
+    return tokens.unflatten(0, (2, -1)).transpose(0, 1)
 
 
 def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
@@ -1224,7 +1209,9 @@ def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
     out.mkdir(parents=True, exist_ok=True)
     claim(out / "plan.json", plan)
     if cfg.features:
-        makers["features"] = load_features(cfg.features, cfg.grid, device, dtype)
+        flag = f"--features {cfg.features}"
+        net = load_network("transformers", flag, cfg.features, device, dtype)
+        makers["features"] = partial(encode_features, net, cfg.grid)
         record = {"name": cfg.features, "grid": cfg.grid, "precision": plan["precision"]}
         claim(out / "features.json", record)
     if found.captions:
@@ -1271,34 +1258,34 @@ def digest(tensors: dict) -> str:
 
 def write_shard(path: Path, tensors: dict, record: dict) -> None:
     """A shard is complete or not there."""
-    temporary = aside(path)
+    temporary, record = aside(path), record | {"sha256": digest(tensors)}
+    way = "the other shards are complete: free the disk and run again"
     try:
-        save_file(tensors, temporary, {"tim": json.dumps(record | {"sha256": digest(tensors)})})
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)                          # safetensors makes private files
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+        with explain((OSError, SafetensorError), f"{path}: not written", way):
+            save_file(tensors, temporary, {"tim": json.dumps(record)})
+            with open(temporary, "rb+") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o644)                      # safetensors makes private files
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        way = "the other shards are complete: free the disk and run again"
-        raise UserError(f"{path}: not written ({error}); {way}") from error
 
 
 def finish(out: Path, shards: int) -> dict | None:
     """Write meta.json from the records of the shards, if all are there, those of features too."""
-    meta = read_json(out / "plan.json")
-    for kind in ("latents", "features"):
+    kinds, records = ["latents"], {}
+    if (out / "features.json").is_file():
+        kinds.append("features")
+    for kind in kinds:
         files = [out / f"{kind}_{k:05}.safetensors" for k in range(shards)]
-        if all(file.is_file() for file in files):
-            stored = [json.loads(open_shard(file).metadata()["tim"]) for file in files]
-            records = [{"file": f.name} | record for f, record in zip(files, stored)]
-            if kind == "latents":
-                meta |= {"count": sum(record["count"] for record in records), "shards": records}
-            else:
-                meta["features"] = read_json(out / "features.json") | {"shards": records}
-    claimed = (out / "features.json").is_file()
-    if "shards" not in meta or (claimed and "features" not in meta):
-        return None
+        if not all(file.is_file() for file in files):
+            return None
+        stored = [json.loads(open_shard(file).metadata()["tim"]) for file in files]
+        records[kind] = [{"file": f.name} | record for f, record in zip(files, stored)]
+    count = sum(record["count"] for record in records["latents"])
+    meta = read_json(out / "plan.json") | {"count": count, "shards": records["latents"]}
+    if "features" in records:
+        meta["features"] = read_json(out / "features.json") | {"shards": records["features"]}
     write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
 
