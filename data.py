@@ -270,30 +270,34 @@ def list_files(root) -> list[Entry]:
     return [found[name] for name in sorted(found) if not PurePosixPath(name).name.startswith(".")]
 
 
+@contextmanager
+def decoder(file):
+    """A picture as Pillow opens it. An error of any type becomes a ValueError, with the same words on
+    every rank: Pillow names a buffer by its address."""
+    try:
+        with Image.open(file) as picture:
+            yield picture
+    except Exception as error:
+        text = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error))
+        raise ValueError(f"{type(error).__name__}: {text}") from error
+
+
 def open_picture(file, upright: bool = False) -> Image.Image:
     """A path or binary stream as an RGB picture; transparency is composited on white.
 
     upright  turned as its EXIF says; sets of squares ignore EXIF, as ADM does.
     raises   ValueError if it cannot be decoded.
     """
-    try:
-        with Image.open(file) as picture:
-            picture = ImageOps.exif_transpose(picture) if upright else picture
-            if picture.mode == "F":
-                raise ValueError("floating-point pictures have no known white")
-            if picture.mode.startswith("I"):            # 16-bit grey, which `convert` would clip
-                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-            elif picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
-    except Exception as error:                          # decoders raise errors of any type
-        raise ValueError(reason(error)) from error
-
-
-def reason(error) -> str:
-    """An error in words that are the same on every rank: Pillow names its buffer by an address."""
-    return re.sub(r" <_io\.BytesIO[^>]*>", "", f"{type(error).__name__}: {error}")
+    with decoder(file) as picture:
+        picture = ImageOps.exif_transpose(picture) if upright else picture
+        if picture.mode == "F":
+            raise ValueError("floating-point pictures have no known white")
+        if picture.mode.startswith("I"):                # 16-bit grey, which `convert` would clip
+            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+        elif picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
 
 
 def crop(picture: Image.Image, height: int, width: int = 0) -> np.ndarray:
@@ -311,14 +315,11 @@ def crop(picture: Image.Image, height: int, width: int = 0) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
-def open_cropped(entry: Entry, size, upright: bool = False) -> np.ndarray:
-    return crop(open_picture(io.BytesIO(entry.read()), upright), *size)
-
-
-def attempt(function, *args):
-    """(result, ""), or (None, the message of its ValueError)."""
+def open_cropped(entry: Entry, size, upright: bool = False) -> tuple[np.ndarray | None, str]:
+    """uint8 (3, *size) and "", or None and why it cannot be decoded."""
+    raw = io.BytesIO(entry.read())
     try:
-        return function(*args), ""
+        return crop(open_picture(raw, upright), *size), ""
     except ValueError as error:
         return None, str(error)
 
@@ -364,7 +365,7 @@ def read_captions(raw: bytes, file: str) -> dict[str, list[str]]:
                 name, texts = parse_caption(line)
                 found[name] = texts
         except (ValueError, KeyError, TypeError) as error:
-            faults.append(f"  line {number}: {reason(error)}")
+            faults.append(f"  line {number}: {type(error).__name__}: {error}")
     example = '{"image_file": "a.png", "captions": ["a text", ...]}'
     why = faults[0].strip() if faults else "it is empty"
     require(found, f"{file}: no line has the form {example}; {why}")
@@ -564,7 +565,7 @@ class PictureFiles:
             if k in self.broken:
                 continue
             entry = self.entries[k]
-            picture, why = attempt(open_cropped, entry, (self.side, self.side))
+            picture, why = open_cropped(entry, (self.side, self.side))
             if not why:
                 if (len(self.cache) + 1) * picture.nbytes <= CACHE:
                     self.cache[k] = picture
@@ -1121,40 +1122,39 @@ def bucket_sizes(side: int, step: int) -> list[tuple[int, int]]:
     return sorted(((h * step, w * step) for h, w in sizes), key=lambda size: size[0] / size[1])
 
 
-def choose_bucket(size, tables: list, upscale: bool) -> tuple[int, int]:
-    """The nearest ratio of the largest area that a picture (height, width) fills as it is.
+def choose_bucket(size, tables: list, upscale: bool) -> tuple[tuple | None, str]:
+    """The nearest ratio of the largest area that a picture (height, width) fills as it is, and "";
+    or None and why there is none.
 
-    tables  `bucket_sizes` from small to large. raises ValueError if there is none.
+    tables  `bucket_sizes` from small to large.
     """
     h, w = size
     if max(h, w) > 4.5 * min(h, w):
-        raise ValueError(f"{h}x{w} is beyond the ratios from 1:4 to 4:1")
+        return None, f"{h}x{w} is beyond the ratios from 1:4 to 4:1"
     nearest = [min(table, key=lambda b: abs(math.log(h / w * b[1] / b[0]))) for table in tables]
     fitting = [b for b in nearest if h >= b[0] and w >= b[1]]
     if not fitting and not upscale:
-        raise ValueError("{}x{} is smaller than {}x{}; see --upscale".format(h, w, *nearest[0]))
-    return fitting[-1] if fitting else nearest[0]
+        return None, "{}x{} is smaller than {}x{}; see --upscale".format(h, w, *nearest[0])
+    return (fitting or nearest[:1])[-1], ""
 
 
-def find_bucket(entry: Entry, tables: list, upscale: bool) -> tuple[int, int]:
-    """That of a picture as EXIF turns it, from its header. raises ValueError if there is none."""
+def find_bucket(entry: Entry, tables: list, upscale: bool) -> tuple[tuple | None, str]:
+    """`choose_bucket` of a picture as EXIF turns it; its header is read alone."""
+    raw = io.BytesIO(entry.read())
     try:
-        with Image.open(io.BytesIO(entry.read())) as picture:
+        with decoder(raw) as picture:
             turned = picture.format != "TIFF" and picture.getexif().get(0x0112, 1) > 4
-            size = picture.size if turned else picture.size[::-1]
-    except UserError:                                   # a failing disk
-        raise
-    except Exception as error:                          # decoders raise errors of any type
-        raise ValueError(reason(error)) from error
-    return choose_bucket(size, tables, upscale)
+            return choose_bucket(picture.size if turned else picture.size[::-1], tables, upscale)
+    except ValueError as error:
+        return None, str(error)
 
 
 def plan_buckets(cfg: EncodeConfig, step: int, pictures: list[Entry]) -> tuple[dict, list]:
     """{(height, width): indices} from wide to tall, and [name, reason] of those that fit none."""
     tables = [bucket_sizes(side, step) for side in sorted(cfg.size)]
     groups, skipped = {}, []
-    jobs = ((find_bucket, picture, tables, cfg.upscale) for picture in pictures)
-    found = in_threads(attempt, jobs, cfg.workers)
+    jobs = ((picture, tables, cfg.upscale) for picture in pictures)
+    found = in_threads(find_bucket, jobs, cfg.workers)
     for i, (size, why) in enumerate(tqdm(found, "sizes", len(pictures), disable=None)):
         if why:
             skipped.append([pictures[i].name, why])
@@ -1227,8 +1227,8 @@ def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
 def encode_shard(cfg: EncodeConfig, kind: str, make, size, pictures: list) -> tuple[dict, dict]:
     """[(Entry, label)] -> {kind: (n, ...) float16, "labels": (n,)} of a shard, and its record."""
     parts, labels, skipped = [], [], []
-    jobs = ((open_cropped, entry, size, cfg.native) for entry, _ in pictures)
-    stream = in_threads(attempt, jobs, cfg.workers, ahead=4 * cfg.batch)
+    jobs = ((entry, size, cfg.native) for entry, _ in pictures)
+    stream = in_threads(open_cropped, jobs, cfg.workers, ahead=4 * cfg.batch)
     for k in range(0, len(pictures), cfg.batch):
         x, nothing = [], np.zeros((3, *size), np.uint8)
         for (entry, label), (picture, why) in zip(pictures[k : k + cfg.batch], stream):
