@@ -41,9 +41,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 DEMO = Path(__file__).parent / "demo"
-TORCHVISION = {  # name: class of torchvision.datasets
-    "fashion": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"
-}  # fmt: skip
+TORCHVISION = {"fashion": "FashionMNIST", "mnist": "MNIST"}
+TORCHVISION |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 AUTOENCODERS = {  # name: path on the model hub, latent channels, scale of network space
@@ -175,11 +174,11 @@ def warn(message: str) -> None:
 
 
 def in_threads(function, jobs, threads: int, ahead: int = 0):
-    """function(*job) of each job, in order; threads work `ahead` jobs ahead (default 4 each)."""
+    """function(job) of each job, in order; threads work `ahead` jobs ahead (default 4 each)."""
     pool, queue = ThreadPoolExecutor(threads), deque()
     try:
         for job in jobs:
-            queue.append(pool.submit(function, *job))
+            queue.append(pool.submit(function, job))
             if len(queue) >= (ahead or 4 * threads):
                 yield queue.popleft().result()
         while queue:
@@ -398,9 +397,9 @@ def find_captions(files: list[Entry], pictures: list[Entry]) -> dict[str, list[s
             return found
     names = {os.path.splitext(p.name)[0]: p.name for p in pictures}
     beside = [f for f in files if f.name.endswith((".json", ".txt"))]
-    beside = [(f,) for f in beside if os.path.splitext(f.name)[0] in names]
+    beside = [f for f in beside if os.path.splitext(f.name)[0] in names]
     found = {}
-    for (file,), text in zip(beside, in_threads(read_sidecar, beside, 16)):
+    for file, text in zip(beside, in_threads(read_sidecar, beside, 16)):
         if text:                                        # files are sorted: NAME.txt comes later
             found[names[os.path.splitext(file.name)[0]]] = [text]
     return found
@@ -649,7 +648,7 @@ def open_folder(root: Path, side: int, mirror: bool | None) -> DataSet:
     found = find_pictures(root)
     files, n = PictureFiles(found.pictures, side), len(found.pictures)
     some = np.linspace(0, n - 1, min(n, 256)).astype(int).tolist()  # spread over all classes
-    some = np.stack([picture for picture, _ in in_threads(files.find, zip(some), 8)])
+    some = np.stack([picture for picture, _ in in_threads(files.find, some, 8)])
     spec = pixel_spec(some, found.classes)
     captions = Captions(found.captions) if found.captions else None
     mirror = not captions if mirror is None else mirror
@@ -707,8 +706,6 @@ def open_latents(folder: Path, want_features: bool, mirror: bool) -> DataSet:
             size = tuple(shape[-2:])
             buckets[size] = range(buckets.get(size, range(start, end)).start, end)
     meta["buckets"] = list(buckets) if "buckets" in meta else []
-    if "factor" not in meta and "size" in meta:         # of the first edition
-        meta["factor"] = meta["size"] // meta["shape"][1]
     spec, captions, features, features_shape = DataSpec.from_json(meta), None, None, None
     if not spec.classes:
         file = folder / "captions.jsonl"
@@ -822,7 +819,8 @@ def batches(data: DataSet, batch: int, seed: int, slots: list[int], of: int, sta
     sizes = native_sizes(data, batch, patch) if data.spec.buckets else ()
     per_epoch = sum(len(bucket) // size for bucket, size in zip(buckets, sizes))
 
-    def read(step, slot):
+    def read(place):
+        step, slot = place
         if not sizes:
             indices = positions(len(data), batch, seed, step, slot, of)
             return data.read(indices, np.random.default_rng((seed, step, slot)))
@@ -1049,15 +1047,6 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def draw_text(text: str, width: int, height: int, mode: str) -> Image.Image:
-    """Black on white, wrapped, cut at the edges."""
-    cell = Image.new(mode, (width, height), "white")
-    text = "\n".join(textwrap.wrap(text[:200], max(1, width // 6))[:4])
-    font = ImageFont.load_default(11)
-    ImageDraw.Draw(cell).multiline_text((1, 1), text, "black", font, spacing=2)
-    return cell
-
-
 def grid(rows: np.ndarray, scale: int = 1, names=(), row_names=(), gap: int = 2) -> Image.Image:
     """uint8 (R, C, H, W, K) as one picture with white gaps, each pixel `scale` wide; names of
     columns below, names of rows at the left."""
@@ -1069,10 +1058,14 @@ def grid(rows: np.ndarray, scale: int = 1, names=(), row_names=(), gap: int = 2)
     for i, j in np.ndindex(r, c):
         picture = to_image(rows[i, j]).resize((w, h), Image.NEAREST)
         sheet.paste(picture, (left + j * (w + gap), i * (h + gap)))
-    for j, name in enumerate(names):
-        sheet.paste(draw_text(name, w, below, sheet.mode), (left + j * (w + gap), bottom))
-    for i, name in enumerate(row_names):
-        sheet.paste(draw_text(name, left, h, sheet.mode), (0, i * (h + gap)))
+    labels = [(name, w, below, left + j * (w + gap), bottom) for j, name in enumerate(names)]
+    labels += [(name, left, h, 0, i * (h + gap)) for i, name in enumerate(row_names)]
+    for name, width, height, x, y in labels:            # wrapped, and cut at the edges of its cell
+        cell = Image.new(sheet.mode, (width, height), "white")
+        text = "\n".join(textwrap.wrap(name[:200], max(1, width // 6))[:4])
+        font = ImageFont.load_default(11)
+        ImageDraw.Draw(cell).multiline_text((1, 1), text, "black", font, spacing=2)
+        sheet.paste(cell, (x, y))
     return sheet
 
 
@@ -1153,8 +1146,8 @@ def plan_buckets(cfg: EncodeConfig, step: int, pictures: list[Entry]) -> tuple[d
     """{(height, width): indices} from wide to tall, and [name, reason] of those that fit none."""
     tables = [bucket_sizes(side, step) for side in sorted(cfg.size)]
     groups, skipped = {}, []
-    jobs = ((picture, tables, cfg.upscale) for picture in pictures)
-    found = in_threads(find_bucket, jobs, cfg.workers)
+    find = partial(find_bucket, tables=tables, upscale=cfg.upscale)
+    found = in_threads(find, pictures, cfg.workers)
     for i, (size, why) in enumerate(tqdm(found, "sizes", len(pictures), disable=None)):
         if why:
             skipped.append([pictures[i].name, why])
@@ -1227,21 +1220,21 @@ def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
 def encode_shard(cfg: EncodeConfig, kind: str, make, size, pictures: list) -> tuple[dict, dict]:
     """[(Entry, label)] -> {kind: (n, ...) float16, "labels": (n,)} of a shard, and its record."""
     parts, labels, skipped = [], [], []
-    jobs = ((entry, size, cfg.native) for entry, _ in pictures)
-    stream = in_threads(open_cropped, jobs, cfg.workers, ahead=4 * cfg.batch)
+    read = partial(open_cropped, size=size, upright=cfg.native)
+    stream = in_threads(read, (entry for entry, _ in pictures), cfg.workers, ahead=4 * cfg.batch)
     for k in range(0, len(pictures), cfg.batch):
-        x, nothing = [], np.zeros((3, *size), np.uint8)
+        x = []
         for (entry, label), (picture, why) in zip(pictures[k : k + cfg.batch], stream):
             if why:
                 skipped.append([entry.name, why])
             else:
                 x.append(picture)
                 labels.append(label)
-        made = make(torch.from_numpy(np.stack(x or [nothing])))
+        made = make(torch.from_numpy(np.stack(x or [np.zeros((3, *size), np.uint8)])))
         parts.append(made[: len(x)].cpu().numpy())      # of no pictures, the shape counts
         rule = f"{kind} of {pictures[k][0].name} and after overflow float16; use another encoder"
         require(np.isfinite(parts[-1]).all(), rule)
-    tensor = np.ascontiguousarray(np.concatenate(parts))
+    tensor = np.ascontiguousarray(np.concatenate(parts))  # safetensors stores bytes as they lie
     record = {"count": len(labels), "skipped": skipped}
     if cfg.native:
         record["bucket"] = size
@@ -1273,19 +1266,18 @@ def write_shard(path: Path, tensors: dict, record: dict) -> None:
 
 def finish(out: Path, shards: int) -> dict | None:
     """Write meta.json from the records of the shards, if all are there, those of features too."""
-    kinds, records = ["latents"], {}
-    if (out / "features.json").is_file():
-        kinds.append("features")
+    meta = read_json(out / "plan.json")
+    kinds = ["latents", "features"] if (out / "features.json").is_file() else ["latents"]
     for kind in kinds:
         files = [out / f"{kind}_{k:05}.safetensors" for k in range(shards)]
         if not all(file.is_file() for file in files):
             return None
         stored = [json.loads(open_shard(file).metadata()["tim"]) for file in files]
-        records[kind] = [{"file": f.name} | record for f, record in zip(files, stored)]
-    count = sum(record["count"] for record in records["latents"])
-    meta = read_json(out / "plan.json") | {"count": count, "shards": records["latents"]}
-    if "features" in records:
-        meta["features"] = read_json(out / "features.json") | {"shards": records["features"]}
+        records = [{"file": f.name} | record for f, record in zip(files, stored)]
+        if kind == "latents":
+            meta |= {"count": sum(record["count"] for record in records), "shards": records}
+        else:
+            meta["features"] = read_json(out / "features.json") | {"shards": records}
     write_text(out / "meta.json", json.dumps(meta, indent=1))
     return meta
 

@@ -122,7 +122,7 @@ def test_a_claim_names_the_first_difference_the_file_and_the_way_out(tmp_path):
 
 
 def test_of_many_claims_at_once_one_wins(tmp_path, monkeypatch):
-    def attempt(file, k):
+    def attempt(k):
         try:
             data.claim(file, {"k": k})
             return k
@@ -133,7 +133,7 @@ def test_of_many_claims_at_once_one_wins(tmp_path, monkeypatch):
         if not links:
             monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError("no links")))
         file = tmp_path / f"{links}.json"
-        won = {k for k in data.in_threads(attempt, ((file, k) for k in range(32)), 8) if k is not None}
+        won = {k for k in data.in_threads(attempt, range(32), 8) if k is not None}
         assert json.loads(file.read_text())["k"] in won and (len(won) == 1 or not links)
 
 
@@ -161,7 +161,7 @@ def test_errors_end_a_command_with_one_line(capsys):
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_ends_without_a_traceback(presses):
     """A second one does not wait for the threads that still read."""
-    body = "for _ in data.in_threads(time.sleep, [(%d,)] * 99, 2): pass" % (1 if presses == 1 else 60)
+    body = "for _ in data.in_threads(time.sleep, [%d] * 99, 2): pass" % (1 if presses == 1 else 60)
     script = f"import data, time\ndef main():\n print('go', flush=True)\n {body}\ndata.command(main)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     process = subprocess.Popen([sys.executable, "-c", script], **pipes)
@@ -573,7 +573,7 @@ def test_threads_keep_the_order_and_do_not_run_away():
         time.sleep(0.002 * (k % 3))
         return k
 
-    stream = data.in_threads(work, ((k,) for k in range(10**9)), threads=3, ahead=5)
+    stream = data.in_threads(work, range(10**9), threads=3, ahead=5)
     assert [next(stream) for _ in range(20)] == list(range(20))
     stream.close()
     assert max(begun) < 30
