@@ -149,11 +149,12 @@ def open_device(name: str = "auto") -> torch.device:
         if mps and not cuda:
             warn("note: auto takes the CPU, --device mps is there but was never measured")
     kind, _, index = name.partition(":")
+    index = index or os.environ.get("LOCAL_RANK", "0")
     available = kind == "cpu" or (kind == "cuda" and cuda) or (kind == "mps" and mps)
-    require(available, f"--device {name}: not available; use --device cpu")
+    require(available and index.isdigit(), f"--device {name}: not available; use --device cpu")
     if kind != "cuda":
         return torch.device(kind)
-    index, gpus = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    index, gpus = int(index), torch.cuda.device_count()
     require(index < gpus, f"--device {name}: there are {gpus} GPUs, not {index + 1}; use --device cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -1202,8 +1203,8 @@ def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
     out.mkdir(parents=True, exist_ok=True)
     claim(out / "plan.json", plan)
     if cfg.features:
-        flag = f"--features {cfg.features}"
-        net = load_network("transformers", flag, cfg.features, device, dtype)
+        asked = f"--features {cfg.features}"
+        net = load_network("transformers", asked, cfg.features, device, dtype)
         makers["features"] = partial(encode_features, net, cfg.grid)
         record = {"name": cfg.features, "grid": cfg.grid, "precision": plan["precision"]}
         claim(out / "features.json", record)

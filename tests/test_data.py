@@ -78,6 +78,8 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="--device cuda: there are 2 GPUs, not 3; use --device cpu"):
         data.open_device("cuda")
+    with pytest.raises(UserError, match="--device cuda:x: not available; use --device cpu"):
+        data.open_device("cuda:x")
 
 
 def test_a_device_that_is_not_there_is_named_with_the_way_out(monkeypatch):
