@@ -79,7 +79,8 @@ def explain(kind, rule: str, way: str):
     try:
         yield
     except kind as error:
-        why = str(error).strip().split("\n")[0]
+        lines = str(error).strip().splitlines() or [repr(error)]
+        why = lines[-1 if "Traceback" in str(error) else 0]  # torch's checkpoints quote theirs
         raise UserError(f"{rule} ({why}); {way}") from error
 
 

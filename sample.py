@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import DataSpec, UserError, require
+from data import DataSpec, UserError, explain, require
 from model import TiM, lower_precision
 from transition import (
     TRANSPORTS, Transport, cat, interpolate, output_from_x, resolution_shift, shift_times, solve,
@@ -44,11 +44,9 @@ def save(path: Path, state: dict[str, Tensor], config: dict) -> None:
     """One safetensors file of weights, with their configuration as metadata; whole or absent."""
     aside = path.with_name(f"{path.name}.tmp")
     state = {name: tensor.contiguous() for name, tensor in state.items()}
-    try:
+    with explain(Exception, f"{path}: cannot be written", "choose another folder"):
         save_file(state, aside, metadata={"tim": json.dumps(config)})
         os.replace(aside, path)
-    except Exception as error:  # safetensors' own or the system's
-        raise UserError(f"{path}: cannot be written ({error}); choose another folder") from error
 
 
 def load(path, device="cpu") -> tuple[TiM, Transport, dict]:
@@ -77,14 +75,11 @@ def checkpoint_file(path) -> Path:
     file = Path(path, "ema.safetensors") if Path(path).is_dir() else Path(path)
     on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)/(.+\.(?:safetensors|bin|pt|pth))", str(path))
     if on_hub and not file.is_file() and not file.parent.is_dir():
-        try:
+        way = "pip install huggingface_hub, or download it and give its path"
+        with explain(Exception, f"--checkpoint {path}: not here, nor on the hub", way):
             from huggingface_hub import hf_hub_download
 
             return Path(hf_hub_download(*on_hub.groups()))
-        except Exception as error:  # no package, no network, no such file: they share no type
-            why = str(error).strip().split("\n")[0]
-            way = "pip install huggingface_hub, or download it and give its path"
-            raise UserError(f"--checkpoint {path}: not here, nor on the hub ({why}); {way}") from error
     require(file.is_file(), f"--checkpoint {path}: there is no {file}; run train.py, or fix the path")
     return file
 
@@ -95,7 +90,7 @@ def read_tensors(file: Path, device) -> tuple[dict, dict | None]:
     Cast one by one, and the file opened for each, so that neither a copy nor its pages pile up.
     """
     state, config = {}, None
-    try:
+    with explain(Exception, f"{file}: not a whole file of plain weights", "get it again"):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
                 config = json.loads((f.metadata() or {}).get("tim", "null"))
@@ -107,9 +102,6 @@ def read_tensors(file: Path, device) -> tuple[dict, dict | None]:
             stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # no code
             for name in list(stored):
                 state[name] = stored.pop(name).to(device, torch.float32)
-    except Exception as error:  # as many kinds as there are wrong files
-        why = (str(error).splitlines() or [repr(error)])[0]
-        raise UserError(f"{file}: not a whole file of plain weights ({why}); get it again") from error
     return {k: v for k, v in state.items() if not k.startswith("projector.")}, config
 
 
@@ -371,10 +363,8 @@ def open_sampler(
 
 
 def make_folder(folder: Path) -> None:
-    try:
+    with explain(OSError, f"--out: {folder} cannot be made", "give another"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {folder} cannot be made ({error}); give another") from error
 
 
 def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, folder: Path):
@@ -438,8 +428,8 @@ def read_benchmark(kind: str, source: Path) -> tuple[list[str], list[tuple], lis
     dpg      a folder of .txt files: NAME.png, the four as a mosaic
     mjhq     meta_data.json, {key: {"category", "prompt"}}: category/key.jpg
     """
-    lines = []
-    try:
+    lines, wrong = [], (OSError, ValueError, KeyError, TypeError, AttributeError)
+    with explain(wrong, f"--prompts {source}: not the prompts of {kind}", "give its own file"):
         if kind == "geneval":
             lines = [line for line in source.read_bytes().split(b"\n") if line.strip()]
             prompts = [json.loads(line)["prompt"] for line in lines]
@@ -454,8 +444,6 @@ def read_benchmark(kind: str, source: Path) -> tuple[list[str], list[tuple], lis
             files = [f"{entry['category']}/{key}.jpg" for key, entry in table.items()]
         inside = all(".." not in Path(file).parts and not Path(file).is_absolute() for file in files)
         require(prompts and inside, f"--prompts {source}: no prompts, or files outside of --out")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--prompts {source}: not the prompts of {kind} ({error!r})") from error
     return prompts, [(f, i, i * len(prompts) // len(files)) for i, f in enumerate(files)], lines
 
 
@@ -528,10 +516,9 @@ def class_numbers(asked: list[str] | None, known: tuple[str, ...], many: bool) -
 
 
 def read_prompts(file: Path) -> list[str]:
-    try:
+    wrong = OSError, UnicodeError
+    with explain(wrong, f"--prompts_file {file}: not text in UTF-8", "give another file"):
         return file.read_text("utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--prompts_file {file}: not text in UTF-8 ({error})") from error
 
 
 def resized(sampler: Sampler, size: list[int]) -> DataSpec:

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import DataSpec, UserError, require
+from data import DataSpec, UserError, explain, require
 from model import SIZES, TiM, lower_precision
 from sample import NO_CONDITION, Sampler, draw_grid, load, network_f, sampling_options, save
 from transition import (
@@ -473,12 +473,10 @@ def write_checkpoint(run: Path, step: int, networks: Networks, record: dict) -> 
     final = run / "checkpoints" / f"step_{step:08d}"
     aside, record = final.with_suffix(".tmp"), record | {"step": step}
     first_rank(lambda: shutil.rmtree(aside, ignore_errors=True))
-    try:
+    way = "older ones are whole; free the disk and run again"
+    with explain((CheckpointException, OSError), f"{aside} not written", way):
         alone = not dist.is_initialized()
         dcp.save(training_state(networks), checkpoint_id=aside, no_dist=alone)
-    except (CheckpointException, OSError) as error:
-        way = "older ones are whole; free the disk and run again"
-        raise UserError(f"{aside} not written ({error}); {way}") from error
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = get_model_state_dict(networks.ema, options=options)
 
@@ -514,11 +512,9 @@ def resume(run: Path, networks: Networks, record: dict) -> int:
     rule = "was trained on other pictures or captions than --data has now"
     require(same, f"{found[-1]} {rule}; use those or a new --name")
     state = training_state(networks)
-    try:
+    way = "remove it to go on from the one before"
+    with explain((CheckpointException, OSError), f"{found[-1]} cannot be read", way):
         dcp.load(state, checkpoint_id=found[-1], no_dist=not dist.is_initialized())
-    except (CheckpointException, OSError) as error:
-        way = "remove it to go on from the one before"
-        raise UserError(f"{found[-1]} cannot be read ({error}); {way}") from error
     kept = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     set_state_dict(networks.model, networks.optimizer, **kept)
     set_state_dict(networks.ema, (), model_state_dict=state["ema"], optim_state_dict={})

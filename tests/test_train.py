@@ -517,9 +517,21 @@ def test_full_disk_keeps_the_older_checkpoint(tmp_path):
     limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = command(tmp_path, "--steps", 4)
     code, text = shell([argv[0], "-c", limit, *argv[1:]])
-    assert code == 2 and "older ones are whole" in text, text
+    said = text.strip().splitlines()[-1]
+    assert code == 2 and said.startswith("error: ") and "older ones are whole" in said, text
+    assert "Traceback" not in text, text
     assert [c.name for c in train.checkpoints(tmp_path / "run")] == ["step_00000002"]
     train_here(tmp_path, "--steps", 4)
+
+
+def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path):
+    run = train_here(tmp_path, "--steps", 2)
+    for part in train.checkpoints(run)[-1].glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:1000])
+    code, text = shell(command(tmp_path, "--steps", 4))
+    said = text.strip().splitlines()[-1]
+    assert code == 2 and said.startswith("error: ") and "remove it to go on" in said, text
+    assert "Traceback" not in text, text
 
 
 def test_old_checkpoints_go_and_milestones_stay(tmp_path):
