@@ -13,11 +13,10 @@ import hashlib
 import itertools
 import json
 import math
-import pickle
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -72,8 +71,8 @@ def digest(*parts) -> str:
 # --- fid: pictures --------------------------------------------------------------------------------
 
 SETS = ("demo", "emoji", *data.TORCHVISION)
-INTEGER, PATH = {"type": data.positive_int}, {"type": Path}  # keywords of add_argument
-FINITE = data.number(float, -data.LARGEST, data.LARGEST, "a finite number")
+INTEGER, PATH, MANY = {"type": data.positive_int}, {"type": Path}, {"nargs": "+"}  # for argparse
+FINITE = {"type": data.number(float, -data.LARGEST, data.LARGEST, "a finite number")}
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,10 @@ class FidConfig:
     reference: str = flag("", f"folder of pictures, .npz, or {', '.join(SETS)}", {"required": True})
     reference_num: int | None = flag(None, "use so many of its pictures", INTEGER)
     images: str = flag("", "score this folder of pictures instead of a network")
-    checkpoint: tuple = flag((), "default: the newest run", PATH | {"nargs": "+"})
+    checkpoint: tuple = flag((), "default: the newest run", PATH | MANY)
     num: int | None = flag(None, "pictures (default: 50000, or all of --images)", INTEGER)
-    steps: tuple = flag((1, 2, 4, 8, 16, 32, 64, 128), "default 1 2 4 8 16 32 64 128",
-        INTEGER | {"nargs": "+"})
-    guidance: tuple = flag((None,), "default: the checkpoint's", {"nargs": "+", "type": FINITE})
+    steps: tuple = flag((1, 2, 4, 8, 16, 32, 64, 128), "default 1 2 4 ... 128", INTEGER | MANY)
+    guidance: tuple = flag((None,), "default: the checkpoint's", FINITE | MANY)
     interval: tuple | None = flag(None, "guide at these fractions of the times (default: so, too)",
         {"nargs": 2, "type": data.share, "metavar": ("LOW", "HIGH")})
     strict_interval: bool | None = flag(None, "without its ends",
@@ -106,7 +104,7 @@ class FidConfig:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Files as uint8 RGB (3, H, W), read, resized and cropped to `side` as torch-fidelity does.
+    """Files as uint8 RGB (3, H, W), resized and cropped to `side` as torch-fidelity does.
 
     key  stands for the content, by the files' names, sizes and times of change
     """
@@ -120,21 +118,28 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> torch.Tensor:
+        from torchvision.transforms import functional as vision
+
         try:
             picture = Image.open(self.files[i]).convert("RGB")
         except Exception as error:  # decoders raise errors of any type
             raise UserError(f"{self.files[i]}: not a whole picture ({error}); remove it") from error
         if self.side:
-            short = min(picture.size)
-            width, height = (int(self.side * length / short) for length in picture.size)
-            left, top = round((width - self.side) / 2), round((height - self.side) / 2)
-            picture = picture.resize((width, height), Image.BILINEAR)
-            picture = picture.crop((left, top, left + self.side, top + self.side))
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+            picture = vision.center_crop(vision.resize(picture, self.side), self.side)
+        return vision.pil_to_tensor(picture)
 
-    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
-        with ThreadPoolExecutor(4) as pool:  # a batch of torch-fidelity's, which has no workers
-            return list(pool.map(self.__getitem__, indices))
+    def __getitems__(self, batch: list[int]) -> list[torch.Tensor]:
+        return list(data.in_threads(self.__getitem__, zip(batch), 4))
+
+
+def write_once(folder: Path, n: int, read) -> list[Path]:
+    """n pictures as PNG files, but those that are there; read(i) gives uint8 (H, W, C)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{i:06}.png" for i in range(n)]
+    for i, file in enumerate(files):
+        if not file.exists():
+            data.write_picture(read(i), file)
+    return files
 
 
 def picture_files(name: str, cache: Path) -> list[Path]:
@@ -142,56 +147,43 @@ def picture_files(name: str, cache: Path) -> list[Path]:
     if name in SETS:
         source, rng = data.open_data(name, mirror=False), np.random.default_rng(0)
         decode, folder = data.Decoder(source.spec), cache / f"{name}_{len(source)}"
-        return write_once(folder, len(source), lambda part: decode(source.read(part, rng).x))
+        return write_once(folder, len(source), lambda i: decode(source.read([i], rng).x)[0])
     files = sorted(f for f in Path(name).rglob("*") if f.suffix.lower() in data.PICTURES)
     require(files, f"{name}: no pictures in it; give a folder of some, or one of {', '.join(SETS)}")
     return files
 
 
-def write_once(folder: Path, n: int, read) -> list[Path]:
-    """n pictures as PNG files, unless they are there; read(indices) gives uint8 (B, H, W, C)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{i:06}.png" for i in range(n)]
-    for start in range(0, n, 256):
-        part = np.arange(start, min(start + 256, n))
-        if not files[part[-1]].exists():
-            for i, pixels in zip(part, read(part)):
-                data.write_picture(pixels, files[i])
-    return files
-
-
-def open_npz(path: Path, cache: Path) -> tuple[dict | None, list[Path]]:
-    """mu and sigma, and the pictures of arr_0 as files in `cache`; one of both may be missing."""
+def open_npz(path: Path, cache: Path) -> tuple[list[Path], dict]:
+    """The pictures of arr_0 as files in `cache`, and mu and sigma; either may be missing."""
     try:
         with np.load(path) as archive:
             arrays = {k: archive[k] for k in archive.files if k in ("mu", "sigma", "arr_0")}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"--reference {path}: not a readable .npz of arrays ({error})") from error
-    statistics, images = None, arrays.get("arr_0", np.empty((0, 1, 1, 3), np.uint8))
+    images, statistics = arrays.get("arr_0", np.empty((0, 1, 1, 3), np.uint8)), {}
     if "mu" in arrays and "sigma" in arrays:  # in the types of torch-fidelity's own
         statistics = {"mu": np.float32(arrays["mu"]), "sigma": np.float64(arrays["sigma"])}
-    require(statistics or len(images), f"--reference {path}: neither mu and sigma nor arr_0")
     fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3
-    rule = f"arr_0 is {images.dtype} {images.shape}, expected uint8 (n, H, W, 3)"
-    require(fits, f"--reference {path}: {rule}")
+    rule = "expected arr_0 as uint8 (n, H, W, 3), or mu and sigma, or both; found"
+    found = {k: f"{v.dtype} {v.shape}" for k, v in arrays.items()}
+    require(fits and (statistics or len(images)), f"--reference {path}: {rule} {found}")
     folder = cache / f"{path.stem}_{data.digest_file(path)}"
-    return statistics, write_once(folder, len(images), lambda part: images[part])
+    return write_once(folder, len(images), lambda i: images[i]), statistics
 
 
 def open_reference(cfg: FidConfig, n: int, features: Path) -> Pictures:
-    """The real pictures of a folder, a data set or an .npz, to compare n others with.
+    """The real pictures to compare n others with.
 
     mu and sigma of an .npz go to where torch-fidelity keeps the statistics of these pictures in its
     cache `features`; there may be no pictures beside them, and then FID is the only score.
     """
-    name, statistics = cfg.reference, None
+    name, statistics = cfg.reference, {}
     if name.endswith(".npz"):
-        statistics, files = open_npz(Path(name), cfg.cache)
+        files, statistics = open_npz(Path(name), cfg.cache)
     else:
         files = picture_files(name, cfg.cache)
     if files:
-        num = cfg.reference_num or len(files)
-        rule = f"{name} holds {len(files)} pictures"
+        num, rule = cfg.reference_num or len(files), f"{name} holds {len(files)} pictures"
         require(2 <= num <= len(files), f"--reference_num {num}: {rule}")
         require(statistics or n <= num, f"--num {n}: the reference {rule}, of which {num} are used")
         files = [files[i] for i in np.linspace(0, len(files) - 1, num).round().astype(int)]
@@ -211,36 +203,22 @@ SCORES = {
 }  # fmt: skip
 
 
-def metric_options(inception: str | None, cache: Path, device: torch.device) -> dict:
-    """Of torch_fidelity.calculate_metrics; its features are cached in a folder per weights."""
-    require(not inception or Path(inception).is_file(), f"--inception {inception}: no such file")
-    features = cache / ("features_" + (data.digest_file(inception) if inception else "default"))
-    features.mkdir(parents=True, exist_ok=True)
-    return {
-        "feature_extractor": EXTRACTOR, "feature_extractor_weights_path": inception,
-        "cache_root": str(features), "cuda": device.type == "cuda", "save_cpu_ram": True,
-        "verbose": sys.stderr.isatty(),
-    }  # fmt: skip
-
-
 def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
     """SCORES by torch_fidelity.calculate_metrics; FID alone if `real` is published statistics."""
     import torch_fidelity
 
-    asked = options | {"input1": pictures, "input2": real, "input2_cache_name": real.key}
-    asked["fid"] = True
+    metrics = {"fid": True}
     if len(real):
         size, known = (tuple(p[0].shape[1:]) for p in (pictures, real))
         rule = f"{pictures.name} holds pictures of {size}, {real.name} of {known} (height, width)"
         require(size == known, f"{rule}; give --side to crop them to one size")
         fewest = min(len(pictures), len(real))
-        asked |= {"kid": True, "prc": True, "isc": True}
-        asked["kid_subset_size"] = 1000 if fewest >= 1000 else fewest // 2  # all: no deviation
+        metrics |= {"kid": True, "prc": True, "isc": True}
+        metrics["kid_subset_size"] = 1000 if fewest >= 1000 else fewest // 2  # all: no deviation
+    inputs = {"input1": pictures, "input2": real, "input2_cache_name": real.key}
     try:
-        if options["feature_extractor_weights_path"]:
-            torch.load(options["feature_extractor_weights_path"], weights_only=True)  # refuses code
-        found = torch_fidelity.calculate_metrics(**asked)
-    except (OSError, RuntimeError, ValueError, AssertionError, pickle.UnpicklingError) as error:
+        found = torch_fidelity.calculate_metrics(**inputs, **metrics, **options)
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split(". ")[0].split())[:200]
         reason = reason or "statistics of another number of features"
         way = "pictures of mixed sizes need --side, --inception weights in torch-fidelity's form"
@@ -250,30 +228,41 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
     return {short: found.get(name) for short, name in SCORES.items()}
 
 
-class Scorer:
-    """The real pictures of a table of scores; the first row is the floor, half of them against the
-    others. `add` makes, prints and appends a row."""
+def open_table(cfg: FidConfig, n: int, device: torch.device):
+    """Open the reference and print the floor, half of its pictures against the others.
 
-    def __init__(self, cfg: FidConfig, n: int, device: torch.device):
-        self.options = metric_options(cfg.inception, cfg.cache, device)
-        features = Path(self.options["cache_root"])
-        self.real = real = open_reference(cfg, n, features)
-        half, floor = min(n, len(real) // 2), dict.fromkeys(SCORES)
-        if half:
-            order = torch.randperm(len(real), generator=data.rng(0))
-            parts = [[real.files[i] for i in part] for part in (order[:half], order[half:])]
-            first, rest = (Pictures(real.name, files, real.side) for files in parts)
-            floor = score(first, rest, self.options | {"input1_cache_name": first.key})
-        print(f"{n} pictures a row against {cfg.reference}; other numbers do not compare")
-        print_row({"row": f"real, n = {half}", "steps": None, "NFE": None} | floor, heads=True)
-        self.record = {"n": n, "reference": cfg.reference, "reference_n": len(real)}
-        self.record |= {"side": cfg.side, "inception": features.name, "floor": floor | {"n": half}}
+    returns  a function that scores pictures, prints and appends their row, and gives their FID
+    """
+    weights = "default"
+    if cfg.inception:
+        sample.read_tensors(Path(cfg.inception), "cpu")  # refuses code; torch-fidelity would run it
+        weights = data.digest_file(cfg.inception)
+    features = cfg.cache / f"features_{weights}"
+    features.mkdir(parents=True, exist_ok=True)
+    options = {
+        "feature_extractor": EXTRACTOR, "feature_extractor_weights_path": cfg.inception,
+        "cache_root": str(features), "cuda": device.type == "cuda", "save_cpu_ram": True,
+        "verbose": sys.stderr.isatty(),
+    }  # fmt: skip
+    real = open_reference(cfg, n, features)
+    half, floor = min(n, len(real) // 2), dict.fromkeys(SCORES)
+    if half:
+        order = torch.randperm(len(real), generator=data.rng(0))
+        parts = [[real.files[i] for i in part] for part in (order[:half], order[half:])]
+        first, rest = (Pictures(real.name, files, real.side) for files in parts)
+        floor = score(first, rest, options | {"input1_cache_name": first.key})
+    print(f"{n} pictures a row against {cfg.reference}; other numbers do not compare")
+    print_row({"row": f"real, n = {half}", "steps": None, "NFE": None} | floor, heads=True)
+    record = {"n": n, "reference": cfg.reference, "reference_n": len(real), "side": cfg.side}
+    record |= {"inception": features.name, "floor": floor | {"n": half}}
 
-    def add(self, row: dict, pictures: Pictures, file: Path, about: dict) -> dict:
-        row = row | score(pictures, self.real, self.options)
+    def add(row: dict, pictures: Pictures, file: Path, about: dict) -> float:
+        row = row | score(pictures, real, options)
         print_row(row)
-        append_record(file, about | row | self.record)
-        return row
+        append_record(file, about | row | record)
+        return row["FID"]
+
+    return add
 
 
 # --- fid: the command -----------------------------------------------------------------------------
@@ -290,8 +279,8 @@ def fid(cfg: FidConfig) -> None:
         require(10 <= n <= len(files), f"--num {n}: {cfg.images} holds {len(files)}; at least 10")
         folder = cfg.cache if cfg.images in SETS else Path(cfg.images)
         row = {"row": Path(cfg.images).name, "steps": None, "NFE": None}
-        pictures, about = Pictures(cfg.images, files[:n], cfg.side), {"images": cfg.images}
-        Scorer(cfg, n, device).add(row, pictures, folder / "eval.jsonl", about)
+        pictures, add = Pictures(cfg.images, files[:n], cfg.side), open_table(cfg, n, device)
+        add(row, pictures, folder / "eval.jsonl", {"images": cfg.images})
 
 
 def score_networks(cfg: FidConfig, device: torch.device) -> None:
@@ -301,7 +290,7 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
     paths, curves = cfg.checkpoint or [sample.newest()], {}
     for path in paths:
         sample.checkpoint_file(path)  # is it there?
-    scorer = Scorer(cfg, n, device) if rank == 0 else None
+    add = open_table(cfg, n, device) if rank == 0 else None
     if world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # scoring takes its time
     for path, strength in itertools.product(paths, cfg.guidance):
@@ -311,17 +300,16 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
         )  # fmt: skip
         way = "draw with sample.py --prompts_file FILE -n N, then fid --images"
         require(not sampler.texts, f"{path} was trained on text; {way}")
-        name = f"guidance {sampler.options['guidance']:g}"
-        if len(paths) > 1:
-            name = f"{path.name if path.is_dir() else path.parent.name}, {name}"
+        run = path if path.is_dir() else path.parent
+        name = f"{run.name}, guidance {sampler.options['guidance']:g}"
         for steps in cfg.steps:
             pictures, evaluations = draw(sampler, cfg, n, steps, results_folder(path))
-            if scorer:
+            if add:
                 row = {"row": name, "steps": steps, "NFE": evaluations}
                 about = sampler.record | {"checkpoint": str(path), "seed": cfg.seed}
-                row = scorer.add(row, pictures, results_folder(path) / "eval.jsonl", about)
-                curves.setdefault(name, []).append((evaluations, row["FID"]))
-    if scorer:
+                found = add(row, pictures, results_folder(path) / "eval.jsonl", about)
+                curves.setdefault(name, []).append((evaluations, found))
+    if add:
         plot_curves(curves, n, cfg.plot or results_folder(paths[-1]) / "fid.png")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -355,10 +343,9 @@ def plot_curves(curves: dict, n: int, path: Path) -> None:
     for name, points in curves.items():
         axes.plot(*zip(*sorted(points)), "o-", label=name)
     axes.legend()
-    axes.set(xscale="log", xlabel="NFE per picture", ylabel=f"FID, n = {n}")
-    ticks = sorted({nfe for points in curves.values() for nfe, _ in points})
-    axes.set_xticks(ticks, labels=[str(nfe) for nfe in ticks], minor=False)
-    axes.minorticks_off()
+    axes.set(xlabel="NFE per picture", ylabel=f"FID, n = {n}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     figure.savefig(path, dpi=150)
 
 

@@ -299,13 +299,14 @@ BAD = {
     "no folder": (["--images", "a", "--reference", "nowhere"], "nowhere"),
     "no pictures": (["--images", "a", "--reference", "empty"], "empty: no pictures"),
     "reference_num": (["--images", "a", "--reference", "b", "--reference_num", "41"], "holds 40"),
-    "npz without arrays": (["--images", "a", "--reference", "odd.npz"], "neither mu and sigma nor arr_0"),
-    "npz of other images": (["--images", "a", "--reference", "grey.npz"], "expected uint8"),
+    "npz without arrays": (["--images", "a", "--reference", "odd.npz"], "expected arr_0 as .* or mu and sigma.* found {}"),
+    "npz of other images": (["--images", "a", "--reference", "grey.npz"], "expected arr_0 as uint8 .* found .*(9, 4, 4)"),
     "statistics of others": (["--images", "a", "--reference", "wide.npz"], "statistics of another number"),
+    "npz cut short": (["--images", "a", "--reference", "cut.npz"], "cut.npz: not a readable"),
     "no npz": (["--images", "a", "--reference", "missing.npz"], "not a readable"),
-    "no weights": (["--images", "a", "--reference", "b", "--inception", "gone.pth"], "--inception gone.pth"),
+    "no weights": (["--images", "a", "--reference", "b", "--inception", "gone.pth"], "gone.pth: .*No such file"),
     "other weights": (["--images", "a", "--reference", "b", "--inception", "other.pth"], "--inception"),
-    "code": (["--images", "a", "--reference", "b", "--inception", "code.pth"], "Weights only load failed; .* --inception"),
+    "code": (["--images", "a", "--reference", "b", "--inception", "code.pth"], "code.pth: not a whole file of plain weights"),
     "device": (["--images", "a", "--reference", "b", "--device", "abacus"], "--device abacus"),
     "interval": (["--interval", "0.5", "0.2", "--reference", "b", "-n", "10"], "--interval"),
     "no checkpoint": (["--checkpoint", "gone", "--reference", "b", "-n", "10"], "--checkpoint gone"),
@@ -326,6 +327,7 @@ def spoiled(tmp_path_factory) -> Path:
     np.savez(root / "odd.npz", x=np.ones(3))
     np.savez(root / "grey.npz", arr_0=np.ones((9, 4, 4), np.uint8))
     np.savez(root / "wide.npz", mu=np.ones(30), sigma=np.eye(30))
+    (root / "cut.npz").write_bytes((root / "wide.npz").read_bytes()[:300])
     torch.save({"a": torch.ones(2)}, root / "other.pth")
     torch.save(print, root / "code.pth")
     save_tiny(root)

@@ -28,7 +28,7 @@ TOP = {f"{stage}.py" for stage in BELOW} | {
 OPTIONAL = {  # package: the stages that may import it, inside a function
     "diffusers": {"data"},
     "transformers": {"data", "evaluate"},
-    "torchvision": {"data"},
+    "torchvision": {"data", "evaluate"},
     "huggingface_hub": {"sample", "data"},
     "tensorboard": {"train"},
     "matplotlib": {"train", "evaluate"},
