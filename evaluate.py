@@ -446,7 +446,7 @@ def consistency(checkpoint, data_name, num: int, seed: int, batch: int, device: 
 
 
 @torch.no_grad()
-def clip(images: Path, num: int | None, model: str, seed: int, batch: int, device: str) -> None:
+def clip(images: Path, num: int | None, model: str, batch: int, device: str) -> None:
     """100 max(cosine, 0) of the first `num` pictures and their captions, averaged."""
     device, file = data.open_device(device), images / "captions.jsonl"
     load = partial(data.load_pretrained, "transformers", flag=f"--model {model}", path=model)
@@ -496,15 +496,9 @@ def plain_jvp(f, transport, x, eps, t, r, y) -> torch.Tensor:
         return torch.func.jvp(along, (t,), (torch.ones_like(t),))[1]
 
 
-def encode_noise(length: int, width: int, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of a text encoder, as only the time counts: features and mask."""
-    mask = torch.ones(len(captions), length, dtype=torch.bool)
-    return torch.randn(len(captions), length, width), mask
-
-
 def open_setting(cfg: train.Config, device: torch.device, dtype: torch.dtype) -> tuple:
     """cfg with nothing left open, arguments of TiM, a batch (noise where the preset knows its
-    shape) and texts (of noise for features)."""
+    shape) and texts (of noise for features, as only the time counts)."""
     shape, texts = (cfg.channels, cfg.side, cfg.side), None
     if all(shape) and (cfg.classes or cfg.caption):
         source = data.random_data(shape, cfg.classes)
@@ -513,7 +507,12 @@ def open_setting(cfg: train.Config, device: torch.device, dtype: torch.dtype) ->
     spec = source.spec
     if source.captions is not None:
         length, width = (256, cfg.caption) if cfg.caption else (8, data.BYTES["width"])
-        texts = data.Texts(source.captions, partial(encode_noise, length, width), device)
+
+        def encode(captions):
+            mask = torch.ones(len(captions), length, dtype=torch.bool)
+            return torch.randn(len(captions), length, width), mask
+
+        texts = data.Texts(source.captions, encode, device)
         spec = replace(spec, text={"width": width})
     cfg = train.fit(replace(cfg, align=0.0), spec, device)
     batch = next(data.batches(source, cfg.batch, cfg.seed, [0], 1, patch=cfg.patch)).to(device)
@@ -542,8 +541,7 @@ def speed(cfg: train.Config, steps: list[int], seconds: float) -> None:
     for name, arm in updates.items():
         actions[name] = partial(train.train_step, networks, transport, arm, 0, [batch], texts)
     model = TiM(**network).to(device).eval().requires_grad_(False)
-    if dtype == torch.bfloat16:
-        lower_precision(model)
+    lower_precision(model, dtype)
     rng = data.rng(cfg.seed, device=device)
     t, r = transition.sample_times(transport, n, train.time_mixture(cfg, x.shape), rng)
     inputs = sample.network_f(model, transport, texts), transport, x, torch.randn_like(x), t, r, y
@@ -560,15 +558,16 @@ def speed(cfg: train.Config, steps: list[int], seconds: float) -> None:
     square = torch.randn(side, side, device=device).to(dtype)
     rate = 2 * side**3 / measure(lambda: square @ square, device, seconds)[0]
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    parameters, rows = sum(p.numel() for p in model.parameters()), []
+    parameters, first, rows = sum(p.numel() for p in model.parameters()), None, []
     print(f"{cfg.name}: {parameters:,} parameters, batches of {tuple(x.shape)}, {dtype}, {what}")
     print(f"matrix product of side {side}: {rate / 1e12:.4g} TFLOP/s")
     for name, action in actions.items():
         spent, flops, peak = measure(action, device, seconds)
+        first = first or spent
         row = {"what": name, "ms": 1e3 * spent, "images/s": n / spent, "GFLOPs": flops / 1e9}
-        row |= {"of matmul": flops / spent / rate, "MiB": peak}
-        rows.append(row | {"x diffusion": row["ms"] / (rows or [row])[0]["ms"]})
-        print_row(rows[-1], heads=len(rows) == 1)
+        row |= {"of matmul": flops / spent / rate, "MiB": peak, "x diffusion": spent / first}
+        print_row(row, heads=not rows)
+        rows.append(row)
     about = {"config": asdict(cfg), "device": what, "parameters": parameters, "matmul": rate}
     append_record(Path(cfg.runs) / "speed.jsonl", about | {"rows": rows})
     if dist.is_initialized():
@@ -588,7 +587,6 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
 
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--seed", type=data.natural, default=0, help="of the noise (default 0)")
     add("--batch", default=100, help="pictures per pass (default 100)", **INTEGER)
     add("--device", default="auto", help="auto (default: cuda, else cpu), cuda, mps or cpu")
     with_shared = partial(commands.add_parser, parents=[shared], allow_abbrev=False)
@@ -597,6 +595,7 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
     add("--checkpoint", type=Path, help="run folder or file (default: the newest run)")
     add("--data", dest="data_name", help="default: what the checkpoint was trained on")
     add("-n", "--num", default=200, help="pictures a row (default 200)", **INTEGER)
+    add("--seed", type=data.natural, default=0, help="of the noise (default 0)")
 
     add = with_shared("clip", help="CLIP score of pictures and their captions").add_argument
     add("--images", type=Path, required=True, help="folder with captions.jsonl")
