@@ -120,15 +120,32 @@ non_negative_float = number(float, 0, LARGEST, "a finite number, at least 0")
 share = number(float, 0, 1, "a number from 0 to 1")
 
 
-def flag(default, text: str, how=None):
-    """A field of a record of flags: its default, its help and keywords of add_argument."""
-    return field(default=default, metadata={"help": text} | (how or {}))
+def flag(default, text: str, kind=None, **how):
+    """A field of a record of flags: default, help, the type of a value, keywords of add_argument."""
+    return field(default=default, metadata={"help": text, "type": kind, **how})
 
 
-def add_flags(parser, record) -> None:
+def add_flags(parser, record, groups=None) -> None:
+    """A flag per field of a record, whose values are the defaults; without a flag, none is parsed.
+
+    groups  {first field: title} of the parts of --help
+    """
+    group = parser
     for f in fields(record):
+        if f.name in (groups or {}):
+            group = parser.add_argument_group(groups[f.name])
+        how, value = dict(f.metadata), getattr(record, f.name)
+        if f.type in (bool, bool | None):
+            how["action"] = argparse.BooleanOptionalAction
+            del how["type"]
+        else:
+            how["type"] = how["type"] or f.type
+        if value not in (None, "", ()):
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            how["help"] += f" (default {shown})"
+        how["help"] = how["help"].replace("%", "%%")
         names = ["-n", "--num"] if f.name == "num" else [f"--{f.name}"]
-        parser.add_argument(*names, default=f.default, **f.metadata)
+        group.add_argument(*names, default=argparse.SUPPRESS, **how)
 
 
 def rng(*key: int, device="cpu") -> torch.Generator:
@@ -1087,24 +1104,23 @@ def write_picture(picture, path) -> None:
 class EncodeConfig:
     """The flags of `data.py encode`."""
 
-    images: str = flag("", "folder or tar: class folders, or with captions", {"required": True})
-    out: str = flag("", "folder of the set", {"required": True})
-    autoencoder: str = flag("sd-vae", "sd-vae, dc-ae, folder or hub name (sd-vae)")
-    means: bool = flag(False, "store the posterior's mean only", {"action": "store_true"})
-    native: bool = flag(False, "keep aspect ratios, in buckets", {"action": "store_true"})
-    upscale: bool = flag(False, "enlarge what is below the smallest size", {"action": "store_true"})
+    images: str = flag("", "folder or tar: class folders, or with captions", required=True)
+    out: str = flag("", "folder of the set", required=True)
+    autoencoder: str = flag("sd-vae", "sd-vae, dc-ae, folder or hub name")
+    means: bool = flag(False, "store the posterior's mean only")
+    native: bool = flag(False, "keep aspect ratios, in buckets")
+    upscale: bool = flag(False, "enlarge what is below the smallest size")
     features: str = flag("", "also features of DINOv2 or RADIO: a folder or hub name")
-    size: tuple = flag((256,), "pixels per side (256); --native: of squares of the buckets' areas",
-        {"type": positive_int, "nargs": "+"})
-    batch: int = flag(64, "pictures per pass of the network (64)", {"type": positive_int})
-    shard: int = flag(1024, "pictures per file (1024)", {"type": positive_int})
-    grid: int = flag(16, "feature tokens per side (16)", {"type": positive_int})
-    patch: int = flag(1, "of the network to come, in latent positions: sizes are multiples (1)",
-        {"type": positive_int})
-    workers: int = flag(0, "threads per rank that decode pictures; 0 = its share of the cores",
-        {"type": natural})
-    device: str = flag("auto", "auto, cpu, cuda, mps (auto)")
-    precision: str = flag("auto", "of the networks", {"choices": ("auto", "fp32", "bf16")})  # fmt: skip
+    size: tuple = flag((256,), "pixels per side; --native: of squares of the buckets' areas",
+        positive_int, nargs="+")
+    batch: int = flag(64, "pictures per pass of the network", positive_int)
+    shard: int = flag(1024, "pictures per file", positive_int)
+    grid: int = flag(16, "feature tokens per side", positive_int)
+    patch: int = flag(1, "of the network to come, in latent positions: sizes are multiples",
+        positive_int)
+    workers: int = flag(0, "threads per rank that decode pictures; 0 = its share of the cores", natural)
+    device: str = flag("auto", "auto, cpu, cuda, mps")
+    precision: str = flag("auto", "of the networks", choices=("auto", "fp32", "bf16"))  # fmt: skip
 
 
 def bucket_sizes(side: int, step: int) -> list[tuple[int, int]]:

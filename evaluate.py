@@ -35,7 +35,7 @@ import data
 import sample
 import train
 import transition
-from data import DataSpec, UserError, flag, require
+from data import DataSpec, UserError, explain, flag, require
 from model import TiM, lower_precision
 
 
@@ -71,36 +71,34 @@ def digest(*parts) -> str:
 # --- fid: pictures --------------------------------------------------------------------------------
 
 SETS = ("demo", "emoji", *data.TORCHVISION)
-INTEGER, PATH, MANY = {"type": data.positive_int}, {"type": Path}, {"nargs": "+"}  # for argparse
-FINITE = {"type": data.number(float, -data.LARGEST, data.LARGEST, "a finite number")}
+INTEGER = data.positive_int
+FINITE = data.number(float, -data.LARGEST, data.LARGEST, "a finite number")
 
 
 @dataclass(frozen=True)
 class FidConfig:
     """The flags of `fid`."""
 
-    reference: str = flag("", f"folder of pictures, .npz, or {', '.join(SETS)}", {"required": True})
+    reference: str = flag("", f"folder of pictures, .npz, or {', '.join(SETS)}", required=True)
     reference_num: int | None = flag(None, "use so many of its pictures", INTEGER)
     images: str = flag("", "score this folder of pictures instead of a network")
-    checkpoint: tuple = flag((), "default: the newest run", PATH | MANY)
+    checkpoint: tuple = flag((), "default: the newest run", Path, nargs="+")
     num: int | None = flag(None, "pictures (default: 50000, or all of --images)", INTEGER)
-    steps: tuple = flag((1, 2, 4, 8, 16, 32, 64, 128), "default 1 2 4 ... 128", INTEGER | MANY)
-    guidance: tuple = flag((None,), "default: the checkpoint's", FINITE | MANY)
+    steps: tuple = flag((1, 2, 4, 8, 16, 32, 64, 128), "numbers of steps", INTEGER, nargs="+")
+    guidance: tuple | None = flag(None, "default: the checkpoint's", FINITE, nargs="+")
     interval: tuple | None = flag(None, "guide at these fractions of the times (default: so, too)",
-        {"nargs": 2, "type": data.share, "metavar": ("LOW", "HIGH")})
-    strict_interval: bool | None = flag(None, "without its ends",
-        {"action": argparse.BooleanOptionalAction})
-    stochastic: float | None = flag(None, "share of noise renewed per step",
-        {"type": data.non_negative_float})
-    precision: str = flag("auto", "of attention, MLP", {"choices": ("auto", "fp32", "bf16")})
-    autoencoder: str | None = flag(None, "folder or hub name (default: what the checkpoint names)")
+        data.share, nargs=2, metavar=("LOW", "HIGH"))
+    strict_interval: bool | None = flag(None, "without its ends")
+    stochastic: float | None = flag(None, "share of noise renewed per step", data.non_negative_float)
+    precision: str = flag("auto", "of attention, MLP", choices=("auto", "fp32", "bf16"))
+    autoencoder: str | None = flag(None, "folder or hub name (default: the checkpoint's)", str)
     side: int | None = flag(None, "crop pictures of --images and --reference to this", INTEGER)
-    inception: str | None = flag(None, "weights in torch-fidelity's form (default: it downloads)")
-    cache: Path = flag(Path("runs/reference"), "default runs/reference", PATH)
-    plot: Path | None = flag(None, "PNG of FID over steps (default: beside the records)", PATH)
-    seed: int = flag(0, "of the noise (default 0)", {"type": data.natural})
-    batch: int = flag(100, "pictures per pass (default 100)", INTEGER)
-    device: str = flag("auto", "auto (default: cuda, else cpu), cuda, mps or cpu")  # fmt: skip
+    inception: str | None = flag(None, "weights in torch-fidelity's form (default: fetched)", str)
+    cache: Path = flag(Path("runs/reference"), "folder of the reference's pictures and features")
+    plot: Path | None = flag(None, "PNG of FID over steps (default: beside the records)", Path)
+    seed: int = flag(0, "of the noise", data.natural)
+    batch: int = flag(100, "pictures per pass", INTEGER)
+    device: str = flag("auto", "auto (cuda, else cpu), cuda, mps or cpu")  # fmt: skip
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -120,16 +118,14 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> torch.Tensor:
         from torchvision.transforms import functional as vision
 
-        try:
+        with explain(Exception, f"{self.files[i]}: not a whole picture", "remove it"):
             picture = Image.open(self.files[i]).convert("RGB")
-        except Exception as error:  # decoders raise errors of any type
-            raise UserError(f"{self.files[i]}: not a whole picture ({error}); remove it") from error
         if self.side:
             picture = vision.center_crop(vision.resize(picture, self.side), self.side)
         return vision.pil_to_tensor(picture)
 
     def __getitems__(self, batch: list[int]) -> list[torch.Tensor]:
-        return list(data.in_threads(self.__getitem__, zip(batch), 4))
+        return list(data.in_threads(self.__getitem__, batch, 4))
 
 
 def write_once(folder: Path, n: int, read) -> list[Path]:
@@ -155,11 +151,10 @@ def picture_files(name: str, cache: Path) -> list[Path]:
 
 def open_npz(path: Path, cache: Path) -> tuple[list[Path], dict]:
     """The pictures of arr_0 as files in `cache`, and mu and sigma; either may be missing."""
-    try:
-        with np.load(path) as archive:
-            arrays = {k: archive[k] for k in archive.files if k in ("mu", "sigma", "arr_0")}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"--reference {path}: not a readable .npz of arrays ({error})") from error
+    wrong = OSError, ValueError, EOFError, zipfile.BadZipFile
+    failed = explain(wrong, f"--reference {path}: not a readable .npz of arrays", "give another")
+    with failed, np.load(path) as archive:
+        arrays = {k: archive[k] for k in archive.files if k in ("mu", "sigma", "arr_0")}
     images, statistics = arrays.get("arr_0", np.empty((0, 1, 1, 3), np.uint8)), {}
     if "mu" in arrays and "sigma" in arrays:  # in the types of torch-fidelity's own
         statistics = {"mu": np.float32(arrays["mu"]), "sigma": np.float64(arrays["sigma"])}
@@ -293,7 +288,7 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
     add = open_table(cfg, n, device) if rank == 0 else None
     if world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # scoring takes its time
-    for path, strength in itertools.product(paths, cfg.guidance):
+    for path, strength in itertools.product(paths, cfg.guidance or [None]):
         sampler = sample.open_sampler(
             path, device, cfg.precision, autoencoder=cfg.autoencoder, guidance=strength,
             interval=cfg.interval, strict=cfg.strict_interval, stochastic=cfg.stochastic,
@@ -587,19 +582,19 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
 
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--batch", default=100, help="pictures per pass (default 100)", **INTEGER)
+    add("--batch", default=100, help="pictures per pass (default 100)", type=INTEGER)
     add("--device", default="auto", help="auto (default: cuda, else cpu), cuda, mps or cpu")
     with_shared = partial(commands.add_parser, parents=[shared], allow_abbrev=False)
 
     add = with_shared("consistency", help="one jump against two, by length").add_argument
     add("--checkpoint", type=Path, help="run folder or file (default: the newest run)")
     add("--data", dest="data_name", help="default: what the checkpoint was trained on")
-    add("-n", "--num", default=200, help="pictures a row (default 200)", **INTEGER)
+    add("-n", "--num", default=200, help="pictures a row (default 200)", type=INTEGER)
     add("--seed", type=data.natural, default=0, help="of the noise (default 0)")
 
     add = with_shared("clip", help="CLIP score of pictures and their captions").add_argument
     add("--images", type=Path, required=True, help="folder with captions.jsonl")
-    add("-n", "--num", help="only the first so many", **INTEGER)
+    add("-n", "--num", help="only the first so many", type=INTEGER)
     add("--model", default="openai/clip-vit-large-patch14", help="default %(default)s")
 
     text = "updates, df/dt and sampling; takes the flags of train.py, too"

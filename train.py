@@ -14,9 +14,8 @@ import shutil
 import signal
 import sys
 import time
-import types
 import warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
-from data import DataSpec, UserError, explain, require
+from data import DataSpec, UserError, explain, flag, require
 from model import SIZES, TiM, lower_precision
 from sample import NO_CONDITION, Sampler, draw_grid, load, network_f, sampling_options, save
 from transition import (
@@ -45,11 +44,6 @@ from transition import (
 )  # fmt: skip
 
 # --- Configuration --------------------------------------------------------------------------------
-
-
-def opt(default, text, kind=None, choices=None):
-    """A field of Config: its default, help text, and the type or the choices of its flag."""
-    return field(default=default, metadata={"help": text, "kind": kind, "choices": choices})
 
 
 # a checkpoint of a single process warns that torch.distributed is not in use
@@ -62,79 +56,79 @@ FLOAT, NOT_NEGATIVE, SHARE = data.positive_float, data.non_negative_float, data.
 class Config:
     """One run. Every field is a flag; the record travels in the checkpoint."""
 
-    data: str = opt("demo", "demo, emoji, fashion, mnist, cifar10, cifar100, random, or a folder:\n"
+    data: str = flag("demo", "demo, emoji, fashion, mnist, cifar10, cifar100, random, or a folder:\n"
         "latents of data.py encode, pictures in a folder per class, or pictures with captions")
-    text_encoder: str = opt("bytes", "of captions: bytes, or a folder or hub name of transformers")
-    autoencoder: str = opt("", "latents must be of this autoencoder: sd-vae, dc-ae, a folder")
-    mirror: bool | None = opt(None, "mirror pictures at random; default: class folders, cifar")
-    channels: int = opt(0, "channels of the data; 0 = theirs", NATURAL)
-    side: int = opt(0, "height and width of the data; 0 = theirs, 64 for folders", NATURAL)
-    classes: int = opt(0, "number of classes; 0 = the data's", NATURAL)
-    caption: int = opt(0, "width of the features of captions; 0 = the encoder's", NATURAL)
-    size: str = opt("demo", "entry of model.SIZES", choices=tuple(SIZES))
-    patch: int = opt(0, "side of a token in pixels or latents; 0 = it fits the data", NATURAL)
-    predict: str = opt("f", "what the output is read as: the paper's f, or x", choices=("f", "x"))
-    shared_time: bool = opt(False, "ablation: one time encoder for t and t - r")
-    interval_attention: bool = opt(True, "attention sees t - r")
-    caption_mask: bool = opt(True, "padding of captions is hidden; the released weights see it")
-    rope_layout: str = opt("grid", "token positions off squares", choices=("grid", "released"))
-    transport: str = opt("tim", "entry of transition.TRANSPORTS", choices=tuple(TRANSPORTS))
-    share_diffusion: float = opt(0.5, "share of samples with r = t", SHARE)
-    share_consistency: float = opt(0.1, "share of samples with r = t_min", SHARE)
-    time_mean: float | None = opt(None, "mean of the draw of times; default the transport's")
-    time_std: float | None = opt(None, "deviation of that draw; default the transport's", FLOAT)
-    diffusion_at: str = opt("later", "of its two draws, the time of a sample with r = t",
+    text_encoder: str = flag("bytes", "of captions: bytes, or a folder or hub name of transformers")
+    autoencoder: str = flag("", "latents must be of this autoencoder: sd-vae, dc-ae, a folder")
+    mirror: bool | None = flag(None, "mirror pictures at random; default: class folders, cifar")
+    channels: int = flag(0, "channels of the data; 0 = theirs", NATURAL)
+    side: int = flag(0, "height and width of the data; 0 = theirs, 64 for folders", NATURAL)
+    classes: int = flag(0, "number of classes; 0 = the data's", NATURAL)
+    caption: int = flag(0, "width of the features of captions; 0 = the encoder's", NATURAL)
+    size: str = flag("demo", "entry of model.SIZES", choices=tuple(SIZES))
+    patch: int = flag(0, "side of a token in pixels or latents; 0 = it fits the data", NATURAL)
+    predict: str = flag("f", "what the output is read as: the paper's f, or x", choices=("f", "x"))
+    shared_time: bool = flag(False, "ablation: one time encoder for t and t - r")
+    interval_attention: bool = flag(True, "attention sees t - r")
+    caption_mask: bool = flag(True, "padding of captions is hidden; the released weights see it")
+    rope_layout: str = flag("grid", "token positions off squares", choices=("grid", "released"))
+    transport: str = flag("tim", "entry of transition.TRANSPORTS", choices=tuple(TRANSPORTS))
+    share_diffusion: float = flag(0.5, "share of samples with r = t", SHARE)
+    share_consistency: float = flag(0.1, "share of samples with r = t_min", SHARE)
+    time_mean: float | None = flag(None, "mean of the draw of times; default the transport's", float)
+    time_std: float | None = flag(None, "deviation of that draw; default the transport's", FLOAT)
+    diffusion_at: str = flag("later", "of its two draws, the time of a sample with r = t",
         choices=("later", "one", "earlier"))
-    shift: int = opt(0, "tokens of a picture whose times are not shifted: s = sqrt(tokens / this);\n"
+    shift: int = flag(0, "tokens of a picture whose times are not shifted: s = sqrt(tokens / this);\n"
         "0 = no shift", NATURAL)
-    derivative: str = opt("dde", "df/dt by difference or by autodiff", choices=("dde", "jvp"))
-    tangent: str = opt("data", "df/dt along the path of the data's pair (x, eps), as in\n"
+    derivative: str = flag("dde", "df/dt by difference or by autodiff", choices=("dde", "jvp"))
+    tangent: str = flag("data", "df/dt along the path of the data's pair (x, eps), as in\n"
         "the paper, or of the pair that the network sees at (t, t)", choices=("data", "network"))
-    h: float = opt(0.0, "half width of the difference; 0 = .001 in fp32, .01 in bf16", NOT_NEGATIVE)
-    tau: str = opt("tan", "interval weighting: function of time", choices=tuple(TAUS))
-    kernel: str = opt("sqrt", "interval weighting: of tau(t) - tau(r)", choices=tuple(KERNELS))
-    weight_sigma: float = opt(1.0, "interval weighting: sigma of the kernel", NOT_NEGATIVE)
-    cosine: bool = opt(True, "add 1 - cosine over channels to the loss")
-    adaptive: bool = opt(True, "divide each sample's loss by itself")
-    guide_gt: float = opt(1.0, "guidance in the target: weight of the data's own target")
-    guide_cond: float = opt(0.0, "guidance in the target: weight of the conditional prediction")
-    guide_low: float = opt(0.0, "guidance in the target from this fraction of the times", SHARE)
-    guide_high: float = opt(1.0, "guidance in the target up to this fraction", SHARE)
-    align: float = opt(0.0, "weight of the loss that aligns tokens with features", NOT_NEGATIVE)
-    align_depth: int = opt(8, "block that is aligned; the authors: 4 for B, 8 for XL", POSITIVE)
-    drop: float = opt(0.1, "share of conditions dropped", SHARE)
-    init: str = opt("", "start from the weights of this run folder, file or hub name")
-    init_anyway: bool = opt(False, "allow --init from another transport or prediction")
-    steps: int = opt(1000, "length of training in updates", POSITIVE)
-    batch: int = opt(0, "pictures per update over all ranks; 0 = it fits the device", NATURAL)
-    accumulate: int = opt(1, "micro-batches per update and rank", POSITIVE)
-    lr: float = opt(2e-3, "AdamW's peak learning rate", FLOAT)
-    warmup: int = opt(100, "updates of linear warm-up", NATURAL)
-    decay: float = opt(0.0, "last share of the updates in which the rate falls to zero", SHARE)
-    beta2: float = opt(0.95, "AdamW's second beta", SHARE)
-    weight_decay: float = opt(0.01, "AdamW's weight decay", NOT_NEGATIVE)
-    clip: float = opt(1.0, "largest gradient norm", FLOAT)
-    ema: float = opt(0.9999, "decay of the averaged weights; (1 + n) / (10 + n) if less", SHARE)
-    precision: str = opt("auto", "of attention and MLP; auto = bf16 on GPUs that have it",
+    h: float = flag(0.0, "half width of the difference; 0 = .001 in fp32, .01 in bf16", NOT_NEGATIVE)
+    tau: str = flag("tan", "interval weighting: function of time", choices=tuple(TAUS))
+    kernel: str = flag("sqrt", "interval weighting: of tau(t) - tau(r)", choices=tuple(KERNELS))
+    weight_sigma: float = flag(1.0, "interval weighting: sigma of the kernel", NOT_NEGATIVE)
+    cosine: bool = flag(True, "add 1 - cosine over channels to the loss")
+    adaptive: bool = flag(True, "divide each sample's loss by itself")
+    guide_gt: float = flag(1.0, "guidance in the target: weight of the data's own target")
+    guide_cond: float = flag(0.0, "guidance in the target: weight of the conditional prediction")
+    guide_low: float = flag(0.0, "guidance in the target from this fraction of the times", SHARE)
+    guide_high: float = flag(1.0, "guidance in the target up to this fraction", SHARE)
+    align: float = flag(0.0, "weight of the loss that aligns tokens with features", NOT_NEGATIVE)
+    align_depth: int = flag(8, "block that is aligned; the authors: 4 for B, 8 for XL", POSITIVE)
+    drop: float = flag(0.1, "share of conditions dropped", SHARE)
+    init: str = flag("", "start from the weights of this run folder, file or hub name")
+    init_anyway: bool = flag(False, "allow --init from another transport or prediction")
+    steps: int = flag(1000, "length of training in updates", POSITIVE)
+    batch: int = flag(0, "pictures per update over all ranks; 0 = it fits the device", NATURAL)
+    accumulate: int = flag(1, "micro-batches per update and rank", POSITIVE)
+    lr: float = flag(2e-3, "AdamW's peak learning rate", FLOAT)
+    warmup: int = flag(100, "updates of linear warm-up", NATURAL)
+    decay: float = flag(0.0, "last share of the updates in which the rate falls to zero", SHARE)
+    beta2: float = flag(0.95, "AdamW's second beta", SHARE)
+    weight_decay: float = flag(0.01, "AdamW's weight decay", NOT_NEGATIVE)
+    clip: float = flag(1.0, "largest gradient norm", FLOAT)
+    ema: float = flag(0.9999, "decay of the averaged weights; (1 + n) / (10 + n) if less", SHARE)
+    precision: str = flag("auto", "of attention and MLP; auto = bf16 on GPUs that have it",
         choices=("auto", "fp32", "bf16"))
-    replicate: int = opt(1, "copies of the sharded network, dividing the ranks", POSITIVE)
-    checkpointing: bool = opt(False, "recompute each block's activations in the backward pass")
-    compile: bool = opt(False, "compile the blocks")
-    device: str = opt("auto", "auto = cuda, else cpu; or cuda, mps, cpu",
+    replicate: int = flag(1, "copies of the sharded network, dividing the ranks", POSITIVE)
+    checkpointing: bool = flag(False, "recompute each block's activations in the backward pass")
+    compile: bool = flag(False, "compile the blocks")
+    device: str = flag("auto", "auto = cuda, else cpu; or cuda, mps, cpu",
         choices=("auto", "cuda", "mps", "cpu"))
-    name: str = opt("", "folder under runs/; default the preset's name, or that of --data")
-    runs: str = opt("runs", "folder of the run folders")
-    seed: int = opt(0, "of weights, data order, noise and times", NATURAL)
-    log_every: int = opt(50, "updates per log line", POSITIVE)
-    save_every: int = opt(1000, "updates per checkpoint; the end has one, too", POSITIVE)
-    keep: int = opt(2, "newest checkpoints to keep", POSITIVE)
-    keep_every: int = opt(0, "also keep checkpoints at multiples of this; 0 = none", NATURAL)
-    tensorboard: bool = opt(False, "write tensorboard events into the run folder, too")
-    sample_every: int = opt(0, "updates per sample grid; 0 = at the end only", NATURAL)
-    guidance: float = opt(1.0, "default guidance of sampling")
-    guidance_low: float = opt(0.0, "default interval of guidance, fraction of the times", SHARE)
-    guidance_high: float = opt(1.0, "default interval of guidance, fraction of the times", SHARE)
-    guidance_strict: bool = opt(False, "by default sampling leaves out the ends of the interval")
+    name: str = flag("", "folder under runs/; default the preset's name, or that of --data")
+    runs: str = flag("runs", "folder of the run folders")
+    seed: int = flag(0, "of weights, data order, noise and times", NATURAL)
+    log_every: int = flag(50, "updates per log line", POSITIVE)
+    save_every: int = flag(1000, "updates per checkpoint; the end has one, too", POSITIVE)
+    keep: int = flag(2, "newest checkpoints to keep", POSITIVE)
+    keep_every: int = flag(0, "also keep checkpoints at multiples of this; 0 = none", NATURAL)
+    tensorboard: bool = flag(False, "write tensorboard events into the run folder, too")
+    sample_every: int = flag(0, "updates per sample grid; 0 = at the end only", NATURAL)
+    guidance: float = flag(1.0, "default guidance of sampling")
+    guidance_low: float = flag(0.0, "default interval of guidance, fraction of the times", SHARE)
+    guidance_high: float = flag(1.0, "default interval of guidance, fraction of the times", SHARE)
+    guidance_strict: bool = flag(False, "by default sampling leaves out the ends of the interval")
 
 
 GROUPS = {"data": "data", "size": "network", "transport": "objective", "init": "optimisation",
@@ -200,17 +194,7 @@ def parse_config(argv=None) -> tuple[Config, int]:
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="say what it would take, and stop")
     parser.add_argument("--world_size", type=POSITIVE, default=1, help="of --dry_run (default 1)")
-    group = parser
-    for f in fields(Config):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
-        how = {"type": f.metadata["kind"] or f.type, "choices": f.metadata["choices"]}
-        if f.type in (bool, bool | None):
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(f.type, types.UnionType):
-            how["type"] = f.metadata["kind"] or float
-        text = f"{f.metadata['help']} (default {getattr(preset, f.name)})".replace("%", "%%")
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
+    data.add_flags(parser, preset, GROUPS)
     given = vars(parser.parse_args(argv))
     name, dry_run, world_size = (given.pop(k) for k in ("config", "dry_run", "world_size"))
     if given.get("data", preset.data) != preset.data and not preset.channels:
