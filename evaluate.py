@@ -190,12 +190,27 @@ def open_reference(cfg: FidConfig, n: int, features: Path) -> Pictures:
 
 # --- fid: scores ----------------------------------------------------------------------------------
 
-EXTRACTOR, FEATURES = "inception-v3-compat", "2048"  # torch-fidelity's names
+EXTRACTOR, FEATURES = "inception-channels-last", "2048"  # names of network and layer
 SCORES = {
     "FID": "frechet_inception_distance", "KID": "kernel_inception_distance_mean",
     "KID sd": "kernel_inception_distance_std", "precision": "precision", "recall": "recall",
     "IS": "inception_score_mean",
 }  # fmt: skip
+
+
+def register_inception() -> None:
+    """torch-fidelity's Inception with its weights in channels-last order: 1.7 times as fast on a CPU,
+    the same features but for rounding."""
+    from torch_fidelity import register_feature_extractor, registry
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class ChannelsLast(FeatureExtractorInceptionV3):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.to(memory_format=torch.channels_last)
+
+    if EXTRACTOR not in registry.FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(EXTRACTOR, ChannelsLast)
 
 
 def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
@@ -211,6 +226,7 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
         metrics |= {"kid": True, "prc": True, "isc": True}
         metrics["kid_subset_size"] = 1000 if fewest >= 1000 else fewest // 2  # all: no deviation
     inputs = {"input1": pictures, "input2": real, "input2_cache_name": real.key}
+    register_inception()
     try:
         found = torch_fidelity.calculate_metrics(**inputs, **metrics, **options)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
@@ -402,6 +418,7 @@ def consistency(checkpoint, data_name, num: int, seed: int, batch: int, device: 
     data.check_fits(source.spec, *spec.shape[:2], len(spec.classes), spec.autoencoder)
     texts = None
     if spec.text:
+        require(source.captions, f"--data {name} has no captions, which {path} was trained on")
         length, padded = spec.text["length"], not model.caption_mask
         encoder = data.load_text_encoder(spec.text["encoder"], device, length, padded)
         texts = data.Texts(source.captions, encoder, device)

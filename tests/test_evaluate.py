@@ -14,6 +14,7 @@ import torch_fidelity
 from oracle import ideal, variance
 from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import data
 import evaluate
@@ -63,6 +64,23 @@ def save_tiny(folder: Path) -> None:
     g = torch.Generator().manual_seed(0)
     weights = {"features": torch.randn(192, 24, generator=g) / 14, "logits": torch.randn(24, 10, generator=g)}
     torch.save(weights, folder / "tiny.pth")
+
+
+def test_inception_has_torch_fidelitys_features(monkeypatch):
+    """With random weights, as the genuine ones are a download."""
+    monkeypatch.undo()                                                              # EXTRACTOR is not the stand-in
+    evaluate.register_inception()
+    kind = torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY[evaluate.EXTRACTOR]
+    ours, theirs = kind.__new__(kind), FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: {})
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    for net in (ours, theirs):
+        torch.manual_seed(0)
+        net.__init__("name", [evaluate.FEATURES], "weights")
+    x = torch.randint(256, (2, 3, 28, 28), dtype=torch.uint8)
+    (got,), (want,) = ours(x), theirs(x)
+    assert ours.Conv2d_1a_3x3.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert got.shape == (2, 2048) and (got - want).norm() < 1e-5 * want.norm() > 0
 
 
 @pytest.fixture(autouse=True)
