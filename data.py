@@ -421,6 +421,9 @@ def find_captions(files: list[Entry], pictures: list[Entry]) -> dict[str, list[s
     for file, text in zip(beside, in_threads(read_sidecar, beside, 16)):
         if text:                                        # files are sorted: NAME.txt comes later
             found[names[os.path.splitext(file.name)[0]]] = [text]
+    rule = f"texts lie beside {len(found)} of {len(pictures)} pictures, too few for captions"
+    few = 0 < len(found) < len(pictures) / 2
+    require(not few, f"{files[0].file}: {rule}; remove them, or the pictures without one")
     return found
 
 
@@ -712,8 +715,8 @@ def load_latents(latents: Shards, features: Shards | None, spec, mirror: bool, i
     return x, features.read(indices, half).astype(np.float32), indices
 
 
-def open_latents(folder: Path, want_features: bool, mirror: bool) -> DataSet:
-    """A set that `encode` wrote."""
+def open_latents(folder: Path, want_features: bool, mirror: bool | None) -> DataSet:
+    """A set that `encode` wrote. Those of classes are mirrored; captions may tell left from right."""
     meta = read_json(folder / "meta.json")
     latents = Shards(folder, meta["shards"], "latents")
     n, starts = len(latents.labels), latents.starts.tolist()
@@ -738,6 +741,7 @@ def open_latents(folder: Path, want_features: bool, mirror: bool) -> DataSet:
         require(same, f"{folder}: features of other pictures; delete features_* and encode again")
         features_shape = tuple(features.shapes[0][2:])
     names = [shard.get("sha256", shard["file"]) for shard in meta["shards"]]
+    mirror = bool(spec.classes) if mirror is None else mirror
     load, ranges = partial(load_latents, latents, features, spec, mirror), list(buckets.values())
     return DataSet(spec, latents.labels, load, captions, names, ranges, features_shape)
 
@@ -762,7 +766,7 @@ def open_data(path: str, side=0, features=False, mirror: bool | None = None) -> 
               or tar of pictures, in a folder per class or with captions (see `find_captions`).
     side      of pictures in files, after the centre crop (default 64).
     features  read() then gives the features that `encode --features` stored.
-    mirror    half of them as mirror images; None: if they are latents, CIFAR or class folders.
+    mirror    half of them as mirror images; None: those of CIFAR and of class folders.
     """
     folder = Path(path).expanduser()
     if path == "demo":
@@ -772,7 +776,7 @@ def open_data(path: str, side=0, features=False, mirror: bool | None = None) -> 
     elif path in TORCHVISION:
         data = open_torchvision(path, mirror)
     elif (folder / "meta.json").is_file():
-        data = open_latents(folder, features, mirror is not False)
+        data = open_latents(folder, features, mirror)
     else:
         done = len(list(folder.glob("latents_*.safetensors")))
         unfinished = (folder / "plan.json").is_file()

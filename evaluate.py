@@ -240,7 +240,7 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
 
 
 def open_table(cfg: FidConfig, n: int, device: torch.device):
-    """Open the reference and print the floor, half of its pictures against the others.
+    """Open the reference and print the floor: at most n of its pictures against others of them.
 
     returns  a function that scores pictures, prints and appends their row, and gives their FID
     """
@@ -300,7 +300,9 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
     require(n >= 10, f"--num {n}: at least 10 pictures")
     paths, curves = cfg.checkpoint or [sample.newest()], {}
     for path in paths:
-        sample.checkpoint_file(path)  # is it there?
+        text = sample.load(path)[2]["data"].get("text")
+        way = "draw with sample.py --prompts_file FILE -n N, then fid --images"
+        require(not text, f"{path} was trained on text; {way}")
     add = open_table(cfg, n, device) if rank == 0 else None
     if world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # scoring takes its time
@@ -309,8 +311,6 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
             path, device, cfg.precision, autoencoder=cfg.autoencoder, guidance=strength,
             interval=cfg.interval, strict=cfg.strict_interval, stochastic=cfg.stochastic,
         )  # fmt: skip
-        way = "draw with sample.py --prompts_file FILE -n N, then fid --images"
-        require(not sampler.texts, f"{path} was trained on text; {way}")
         run = path if path.is_dir() else path.parent
         name = f"{run.name}, guidance {sampler.options['guidance']:g}"
         for steps in cfg.steps:
@@ -443,6 +443,7 @@ def consistency(checkpoint, data_name, num: int, seed: int, batch: int, device: 
         rows.append(row | {"own": float(own.median()), "target": float(target.mean())})
         print_row(rows[-1], heads=least == 0)
     print("medians of jump (t to r against t to s to r), own (f to its target); mean of target\n")
+    print("relative error of df/dt by difference, on the last batch of the longest intervals")
     errors = []
     if device.type != "mps":  # which has no fp64
         errors = derivative_errors(model, transport, texts, some.x, eps, times[0], times[2], some.y)
@@ -534,7 +535,7 @@ def open_setting(cfg: train.Config, device: torch.device, dtype: torch.dtype) ->
     return cfg, train.network_arguments(cfg, spec), batch, texts
 
 
-def speed(cfg: train.Config, steps: list[int], seconds: float) -> None:
+def speed(cfg: train.Config, sampling_steps: list[int], seconds: float) -> None:
     """Time of updates, of df/dt and of sampling, each measured for about so many seconds."""
     device = data.open_device(cfg.device)
     dtype = data.pick_dtype(device, cfg.precision)
@@ -563,7 +564,7 @@ def speed(cfg: train.Config, steps: list[int], seconds: float) -> None:
     z, null = torch.randn_like(x), None
     if texts:
         y, null = texts(y), texts(torch.full_like(y, texts.null))
-    for guidance, k in itertools.product((1.0, 1.5), steps):
+    for guidance, k in itertools.product((1.0, 1.5), sampling_steps):
         draw_some = partial(sample.generate, model, transport, z, y, k, guidance, null=null)
         actions[f"sampling, {k} steps, guided {guidance:g}"] = draw_some
     side = 8192 if device.type == "cuda" else 1024
@@ -616,7 +617,7 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
 
     text = "updates, df/dt and sampling; takes the flags of train.py, too"
     add = commands.add_parser("speed", help=text, allow_abbrev=False).add_argument
-    add("--steps", type=data.positive_int, nargs="+", default=[1, 8], help="default 1 8")
+    add("--sampling_steps", type=INTEGER, nargs="+", default=[1, 8], help="default 1 8")
     add("--seconds", type=data.positive_float, default=5.0, help="per figure (default 5)")
 
     a, rest = parser.parse_known_args(argv)

@@ -54,18 +54,17 @@ def attend(q, k, v, mask=None):
     """
     (q, dq), (k, dk), (v, dv) = unpack(q), unpack(k), unpack(v)
     out = F.scaled_dot_product_attention(q, k, v, mask)
-    if dq is None:
+    if dq is None and dk is None and dv is None:
         return out
-    scores, slopes = q @ k.mT, dq @ k.mT
-    if dk is not None:
-        slopes = slopes + q @ dk.mT
+    dq, dk, dv = (torch.zeros_like(x) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
+    scores, slopes = q @ k.mT, dq @ k.mT + q @ dk.mT
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     scale = q.shape[3] ** -0.5
     p = (scores * scale).softmax(3)
     slopes = p * slopes * scale
-    dout = slopes @ v - slopes.sum(3, keepdim=True) * out
-    return forward_ad.make_dual(out, dout if dv is None else dout + p @ dv)
+    dout = slopes @ v - slopes.sum(3, keepdim=True) * out + p @ dv
+    return forward_ad.make_dual(out, dout)
 
 
 class SwiGLU(nn.Module):

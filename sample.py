@@ -305,7 +305,7 @@ class Sampler:
         device, shape = next(self.model.parameters()).device, self.spec.shape
         noise = partial(initial_noise, shape, seed, indices, device)
         tokens = shape[1] * shape[2] // self.model.patch**2
-        shift = resolution_shift(tokens, self.config["train"].get("shift", 0))
+        shift = resolution_shift(tokens, self.config["train"].get("shift_tokens", 0))
         options = {"shift": shift, "noise": noise, "trace": trace} | self.options
         options |= {"start": self.start, "strength": self.strength}
         known = self.texts.null if self.texts else len(self.spec.classes)
@@ -390,6 +390,9 @@ def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, f
                 continue
             indices, conditions = zip(*(picture for name in todo for picture in files[name]))
             drawn = sampler.draw(indices, conditions, steps, seed)
+            for write in writes:
+                write.result()  # raises what a thread met; at most one batch waits
+            writes = []
             for name, pictures in zip(todo, np.split(drawn, len(todo))):
                 picture = pictures[0]
                 if len(pictures) == 4:
@@ -397,7 +400,7 @@ def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, f
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 writes.append(pool.submit(data.write_picture, picture, folder / name))
         for write in writes:
-            write.result()  # raises what the thread met
+            write.result()
 
 
 def numbered(n: int, conditions: list[int]) -> list[tuple[str, int, int]]:

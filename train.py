@@ -6,6 +6,7 @@
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -50,6 +51,7 @@ from transition import (
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 POSITIVE, NATURAL = data.positive_int, data.natural
 FLOAT, NOT_NEGATIVE, SHARE = data.positive_float, data.non_negative_float, data.share
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Config:
         "latents of data.py encode, pictures in a folder per class, or pictures with captions")
     text_encoder: str = flag("bytes", "of captions: bytes, or a folder or hub name of transformers")
     autoencoder: str = flag("", "latents must be of this autoencoder: sd-vae, dc-ae, a folder")
-    mirror: bool | None = flag(None, "mirror pictures at random; default: class folders, cifar")
+    mirror: bool | None = flag(None, "mirror pictures at random; default: where there are classes, but\n"
+        "of demo, fashion and mnist")
     channels: int = flag(0, "channels of the data; 0 = theirs", NATURAL)
     side: int = flag(0, "height and width of the data; 0 = theirs, 64 for folders", NATURAL)
     classes: int = flag(0, "number of classes; 0 = the data's", NATURAL)
@@ -79,8 +82,8 @@ class Config:
     time_std: float | None = flag(None, "deviation of that draw; default the transport's", FLOAT)
     diffusion_at: str = flag("later", "of its two draws, the time of a sample with r = t",
         choices=("later", "one", "earlier"))
-    shift: int = flag(0, "tokens of a picture whose times are not shifted: s = sqrt(tokens / this);\n"
-        "0 = no shift", NATURAL)
+    shift_tokens: int = flag(0, "tokens of a picture whose times are not shifted: those of others\n"
+        "are, by s = sqrt(tokens / this); 0 = no shift", NATURAL)
     derivative: str = flag("dde", "df/dt by difference or by autodiff", choices=("dde", "jvp"))
     tangent: str = flag("data", "df/dt along the path of the data's pair (x, eps), as in\n"
         "the paper, or of the pair that the network sees at (t, t)", choices=("data", "network"))
@@ -197,13 +200,15 @@ def parse_config(argv=None) -> tuple[Config, int]:
     data.add_flags(parser, preset, GROUPS)
     given = vars(parser.parse_args(argv))
     name, dry_run, world_size = (given.pop(k) for k in ("config", "dry_run", "world_size"))
+    require(dry_run or world_size == 1, "--world_size: only with --dry_run; torchrun sets it")
     if given.get("data", preset.data) != preset.data and not preset.channels:
         # other data than those that the preset was made for: what depends on them is found anew
-        known = Path(given["data"]).name
+        known = Path(given["data"]).expanduser().resolve().name
         name = f"{known}_{name}" if known in PRESETS else known or name
         preset = replace(preset, patch=0, batch=0, sample_every=250)
-    if TRANSPORTS[given.get("transport", preset.transport)].mean is None:
-        preset = replace(preset, time_mean=None, time_std=None)
+    was, now = TRANSPORTS[preset.transport], TRANSPORTS[given.get("transport", preset.transport)]
+    if now.mean is None or (now.t_min, now.t_max) != (was.t_min, was.t_max):
+        preset = replace(preset, time_mean=None, time_std=None)  # the times of another range
     cfg = replace(preset, **given)
     return check(replace(cfg, name=cfg.name or name)), world_size if dry_run else 0
 
@@ -218,6 +223,8 @@ def check(cfg: Config) -> Config:
     require(total <= 1, f"--share_diffusion plus --share_consistency is {total:g}: at most 1")
     guides = (cfg.guide_gt, cfg.guide_cond) != (1, 0)
     require(cfg.drop or not guides, "guidance in the target needs a dropped condition: --drop 0.1")
+    rule = "the guidance that is learned is --guide_gt / (1 - this); below 1"
+    require(cfg.guide_cond < 1, f"--guide_cond {cfg.guide_cond:g}: {rule}")
     plain = "/" not in cfg.name and not cfg.name.startswith(".")
     require(plain, f"--name {cfg.name}: one folder name, without / or a leading dot")
     installed = not cfg.tensorboard or importlib.util.find_spec("tensorboard")
@@ -228,9 +235,9 @@ def check(cfg: Config) -> Config:
     try:
         if cfg.kernel != "constant":
             check_weight(transport, cfg.tau)
-        shift_times(transport, torch.ones(1), 2.0 if cfg.shift else 1.0)
+        shift_times(transport, torch.ones(1), 2.0 if cfg.shift_tokens else 1.0)
     except ValueError as error:
-        raise UserError(f"--tau {cfg.tau}, --shift {cfg.shift}: {error}") from error
+        raise UserError(f"--tau {cfg.tau}, --shift_tokens {cfg.shift_tokens}: {error}") from error
     return cfg
 
 
@@ -248,7 +255,7 @@ def objective(f, f_ema, transport: Transport, cfg: Config, batch: data.Batch, rn
     f, f_ema  the network and its average as (x_t, t, r, y) -> f, see `sample.network_f`
     batch     x (B, C, H, W) of unit variance, y (B,) classes or numbers of captions, features
     rng       owns all chance; cfg.h is the width of the difference
-    returns   the loss to descend (0-d), and for the log the raw loss l, t and r, (B,) each
+    returns   the loss to descend (0-d), and for the log raw loss, t, r and alignment, (B,) each
     """
     x, shape = batch.x, batch.x.shape
     dropped = torch.rand(len(x), generator=rng, device=x.device) < cfg.drop
@@ -260,22 +267,22 @@ def objective(f, f_ema, transport: Transport, cfg: Config, batch: data.Batch, rn
     df_dt = time_derivative(f, transport, cfg, x, eps, t, r, y)
     target = transition_target(transport, x, eps, t, r, df_dt)
 
-    x_t, alignment = interpolate(transport, x, eps, t), 0.0
+    x_t, alignment = interpolate(transport, x, eps, t), torch.zeros_like(t)
     if cfg.align:
         out, tokens = f(x_t, t, r, y, aligned=True)                              # tokens (B, N, F)
         similarity = torch.cosine_similarity(tokens.float(), batch.features, dim=2)
-        alignment = cfg.align * (1 - similarity).mean()
+        alignment = (1 - similarity).mean(1)                                                 # (B,)
     else:
         out = f(x_t, t, r, y)
     raw = sample_loss(out, target, cfg.cosine)                                               # (B,)
     weight = time_weight(transport, t, r, cfg.tau, cfg.kernel, cfg.weight_sigma)
-    loss = (weight * (adaptive(raw) if cfg.adaptive else raw)).mean() + alignment
-    return loss, raw.detach(), t, r
+    loss = weight * (adaptive(raw) if cfg.adaptive else raw) + cfg.align * alignment
+    return loss.mean(), raw.detach(), t, r, alignment.detach()
 
 
 def time_mixture(cfg: Config, shape) -> TimeMixture:
     """Of pictures (B, C, H, W): the shift of times is by their number of tokens."""
-    shift = resolution_shift(shape[2] * shape[3] // cfg.patch**2, cfg.shift)
+    shift = resolution_shift(shape[2] * shape[3] // cfg.patch**2, cfg.shift_tokens)
     shares = cfg.share_diffusion, cfg.share_consistency
     return TimeMixture(*shares, cfg.time_mean, cfg.time_std, cfg.diffusion_at, shift)
 
@@ -329,7 +336,7 @@ def train_step(networks: Networks, transport, cfg: Config, step: int, batches, t
 
     Chance is a function of (seed, step, slot), slot = rank * accumulate + k: two ranks of one slot
     and one rank of two draw the same. Returns the gradient norm (0-d), and of this rank's pictures
-    raw loss, t and r.
+    raw loss, t, r and alignment.
     """
     model, ema, optimizer = networks
     f, f_ema = network_f(model, transport, texts), network_f(ema, transport, texts)
@@ -407,15 +414,18 @@ def shard(model, mesh, cfg: Config, dtype: torch.dtype):
 
 def first_rank(action, *args) -> None:
     """Run action(*args) on rank 0 while the others wait; an error is raised on all: none hangs."""
-    fault = [None]
+    problem = None
     if data.ranks()[0] == 0:
         try:
             action(*args)
-        except (OSError, UserError) as error:
-            fault = [str(error)]
+        except Exception as error:
+            problem = error
+    said = [problem and str(problem)]
     if dist.is_initialized():
-        dist.broadcast_object_list(fault)
-    require(not fault[0], fault[0])
+        dist.broadcast_object_list(said)
+    if problem and not isinstance(problem, (OSError, UserError)):
+        raise problem  # a fault of the code, with its traceback
+    require(said[0] is None, said[0])
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -488,11 +498,13 @@ def resume(run: Path, networks: Networks, record: dict) -> int:
     old = json.loads((found[-1] / "config.json").read_text())
     old["train"] = asdict(Config()) | old["train"]  # settings younger than the run
     for part, free in (("train", FREE), ("model", {"predict"}), ("data", {"mean", "std"})):
-        for name in record[part]:
+        for name in sorted(record[part], key=lambda name: name != "precision"):  # h follows from it
             was, now = old[part].get(name), record[part].get(name)
             rule = f"{found[-1]} was trained with {part} {name} = {was}, not {now}"
             require(name in free or was == now, f"{rule}; set it back or use a new --name")
     same = old.get("fingerprint", record["fingerprint"]) == record["fingerprint"]
+    for name in ("mean", "std"):  # of files, which the fingerprint knows by name
+        same = same and math.isclose(old["data"][name], record["data"][name], rel_tol=0.01)
     rule = "was trained on other pictures or captions than --data has now"
     require(same, f"{found[-1]} {rule}; use those or a new --name")
     state = training_state(networks)
@@ -502,6 +514,8 @@ def resume(run: Path, networks: Networks, record: dict) -> int:
     kept = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     set_state_dict(networks.model, networks.optimizer, **kept)
     set_state_dict(networks.ema, (), model_state_dict=state["ema"], optim_state_dict={})
+    if record["train"]["decay"] and record["train"]["steps"] != old["train"]["steps"]:
+        data.warn(f"note: {found[-1]} was to end at update {old['train']['steps']}, the rate fell for it")
     return old["step"]
 
 
@@ -532,28 +546,30 @@ class Log:
         self.clear()
 
     def clear(self):
-        self.sums = torch.zeros(2, len(BINS), device=self.edges.device)  # loss, count by length
+        self.sums = torch.zeros(3, len(BINS), device=self.edges.device)  # loss, count, alignment
         self.norm, self.steps, self.waited, self.began = 0.0, 0, 0.0, time.perf_counter()
 
     def write(self, line: dict):
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
-    def add(self, norm, loss, t, r, waited: float):
+    def add(self, norm, loss, t, r, alignment, waited: float):
         length = torch.bucketize((t - r) / self.span, self.edges)
-        self.sums.index_add_(1, length, torch.stack([loss, torch.ones_like(loss)]))
+        self.sums.index_add_(1, length, torch.stack([loss, torch.ones_like(loss), alignment]))
         self.norm, self.steps, self.waited = self.norm + norm, self.steps + 1, self.waited + waited
         self.bar.update()
 
     def flush(self, step: int):
         """Averages over all ranks since the last line; every rank must call it."""
-        loss, count = sum_over_ranks(self.sums).tolist()
+        loss, count, alignment = sum_over_ranks(self.sums).tolist()
         spent = time.perf_counter() - self.began
         line = {"step": step, "loss": sum(loss) / sum(count)}
         line["grad_norm"] = float(self.norm) / self.steps
         line |= {name: a / b for name, a, b in zip(BINS, loss, count) if b}
         line |= {"images_per_s": sum(count) / spent, "waiting": self.waited / spent}
         line["lr"] = learning_rate(self.cfg, step - 1)
+        if self.cfg.align:
+            line["alignment"] = sum(alignment) / sum(count)
         if self.edges.is_cuda:
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.clear()
@@ -577,11 +593,15 @@ def draw_curve(run: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = {}  # by step, as updates that were lost in a crash were made again
+    for text in (run / "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a line that a crash cut short
+            line = json.loads(text)
+            lines[line.get("step", 0)] = line
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name in BINS:
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(step, line[name]) for step, line in sorted(lines.items()) if name in line]
         axes.plot(*zip(*points or [(1, math.nan)]), label=name.replace("loss_equal", "r = t"))
     axes.set(xlabel="updates", ylabel="raw loss", yscale="log", title="by t - r, % of the range")
     axes.legend()
@@ -590,7 +610,7 @@ def draw_curve(run: Path) -> None:
 
 def fail_nonfinite(step: int, seen) -> None:
     """The gradient was not finite, as every rank knows: say where, on all of them."""
-    loss, t, r = (values.tolist() for values in seen)
+    loss, t, r = (values.tolist() for values in seen[:3])
     rank, world_size = data.ranks()
     bad = [
         f"rank {rank}: l = {a:g}, t = {b:g}, r = {c:g}"
@@ -713,6 +733,11 @@ def start_from(model: TiM, cfg: Config) -> None:
 
 def dry_run(cfg: Config, world_size: int) -> None:
     """Print what a run would be and take, from the network's shapes alone: no data, no device."""
+    if cfg.data in ("demo", "emoji"):  # they are in the repository
+        spec = data.open_data(cfg.data).spec
+        caption = 0 if spec.classes else data.BYTES["width"]
+        cfg = replace(cfg, channels=spec.shape[0], side=spec.shape[1], caption=caption)
+        cfg = replace(cfg, classes=len(spec.classes))
     known = cfg.channels and cfg.side and (cfg.classes or cfg.caption)
     rule = "give --channels, --side, and --classes or --caption"
     require(known, f"--dry_run does not open --data {cfg.data}: {rule}")
@@ -759,8 +784,8 @@ def divide(cfg: Config, world_size: int) -> None:
     """Raise UserError unless the batch and the copies divide over the ranks."""
     parts = world_size * cfg.accumulate
     rule = f"must be a multiple of {world_size} ranks x {cfg.accumulate} micro-batches"
-    nearest = cfg.batch // parts * parts + parts
-    require(cfg.batch % parts == 0, f"--batch {cfg.batch}: {rule}; {nearest} is")
+    larger = cfg.batch // parts * parts + parts
+    require(cfg.batch % parts == 0, f"--batch {cfg.batch}: {rule}; {larger} is")
     divides = world_size % cfg.replicate == 0
     require(divides, f"--replicate {cfg.replicate}: must divide the number of ranks, {world_size}")
 
@@ -811,9 +836,10 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
         spec = replace(spec, text=text, prompts=prompts)
         grid_texts = data.Texts(data.Captions([[prompt] for prompt in prompts]), encoder, device)
     network = network_arguments(cfg, spec, dataset.features_shape)
+    cfg = replace(cfg, h=difference_width(cfg, dtype), precision=PRECISIONS[dtype])
     record = {"model": network, "data": spec.to_json(), "train": asdict(cfg)}
     record["fingerprint"] = dataset.fingerprint()
-    networks = build(cfg, network, device, dtype)
+    networks = build(replace(cfg, init="" if checkpoints(folder) else cfg.init), network, device, dtype)
     begin = resume(folder, networks, record)
     try:
         decoder = data.Decoder(spec, device)
@@ -821,9 +847,11 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
         print(f"sample grids show latent channels: {error}", flush=True)
         decoder = data.Decoder(replace(spec, kind="random"), device)
     options = sampling_options(record)
-    sampler = Sampler(networks.ema, transport, record, spec, decoder, grid_texts, options, {})
+    sampler = Sampler(
+        networks.ema, transport, config=record, spec=spec, decode=decoder, texts=grid_texts,
+        options=options, record={},
+    )  # fmt: skip
     first_rank(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
-    cfg = replace(cfg, h=difference_width(cfg, dtype))
     if rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         weights = sum(p.numel() for p in networks.model.parameters())
@@ -846,9 +874,9 @@ def loop(run: Run, stop: list) -> tuple[int, bool]:
     while done < cfg.steps and not stopping:
         began = time.perf_counter()
         batches = [next(stream) for _ in slots]
-        waited = time.perf_counter() - began
         if run.texts:
             run.texts.fetch(torch.cat([batch.y for batch in batches]))
+        waited = time.perf_counter() - began
         batches = [batch.to(run.device) for batch in batches]
         norm, seen = train_step(run.networks, run.transport, cfg, done, batches, run.texts)
         log.add(norm, *seen, waited)
@@ -857,18 +885,20 @@ def loop(run: Run, stop: list) -> tuple[int, bool]:
         # step late, so that no step waits for its own result; a checkpoint is never written unread.
         told = torch.full_like(norm, float(bool(stop)))
         status = sum_over_ranks(torch.stack([told, (~norm.isfinite()).to(norm)]))
-        unread, before = (done, seen, read_later(status)), unread
-        stopping = before is not None and check_status(*before)
+        stopping = unread is not None and check_status(*unread)
+        unread = done, seen, read_later(status)
         done += 1
         saving = stopping or done == cfg.steps or done % cfg.save_every == 0
         if saving:
             check_status(*unread)
         if saving or done % cfg.log_every == 0:
             log.flush(done)
+        began = time.perf_counter()
         if saving:
             write_checkpoint(run.folder, done, run.networks, run.record)
         if done == cfg.steps or (cfg.sample_every and done % cfg.sample_every == 0):
             sample_grid(run, done)
+        log.began += time.perf_counter() - began  # the rate is that of updates
     log.bar.close()
     return done, stopping
 

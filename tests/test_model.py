@@ -227,7 +227,7 @@ def test_forward_mode_and_differences_agree_through_the_network(transport):
     assert error[0] / error[1] == pytest.approx(4, rel=0.05) and error[2] < 1e-6
 
 
-@pytest.mark.parametrize("moves", ["qkv", "q"])
+@pytest.mark.parametrize("moves", ["qkv", "q", "v", "k"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_has_the_tangent_of_plain_products(moves, masked):
     rng = seeded(0)

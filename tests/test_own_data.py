@@ -185,6 +185,12 @@ def test_a_moved_set_resumes_and_a_changed_one_is_refused(classes, own, refused,
     paint(moved / "sea" / "new.png", (64, 64), (0, 0, 250))
     assert "other pictures" in refused(train.main, *more)
     (moved / "sea" / "new.png").unlink()
+    kept = {file: file.read_bytes() for file in moved.rglob("*.png")}
+    for file in kept:
+        paint(file, (64, 64), (250, 250, 250))
+    assert "other pictures" in refused(train.main, *more)
+    for file, raw in kept.items():
+        file.write_bytes(raw)
     (moved / "sea").rename(moved / "ocean")
     assert "data classes" in refused(train.main, *more)
     assert [c.name for c in train.checkpoints(run)] == ["step_00000002", "step_00000004"]

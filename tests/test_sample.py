@@ -377,8 +377,8 @@ def test_times_are_shifted_by_the_tokens_as_trained_unless_given():
     transport = TRANSPORTS["otfm"]
     for train, options, odds in (
         ({}, {}, 1.0),
-        ({"shift": 1}, {}, 2.0),  # 4 tokens of a base of 1
-        ({"shift": 1}, {"shift": 5.0}, 5.0),
+        ({"shift_tokens": 1}, {}, 2.0),  # 4 tokens of a base of 1
+        ({"shift_tokens": 1}, {"shift": 5.0}, 5.0),
     ):
         trace = []
         sampler = sampler_of(Bland(), transport, train, **options)
@@ -686,6 +686,21 @@ def test_the_command_starts_from_a_picture(run, tmp_path, refused):
         assert "--strength" in refused(main, *argv, "--out", tmp_path / "x", "--strength", strength)
     message = refused(main, *argv[:-2], "--out", tmp_path / "x", "--strength", 0.5)
     assert "--strength 0.5: only with --image PICTURE" in message
+
+
+def test_a_full_disk_is_met_before_all_is_drawn(run, tmp_path, monkeypatch):
+    """An error of a thread that writes ends the command after one more batch."""
+    sampler, drawn = open_sampler(run, CPU), []
+    draw = sampler.draw
+    monkeypatch.setattr(sampler, "draw", lambda *args: drawn.append(args[0]) or draw(*args))
+
+    def fail(picture, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "write_picture", fail)
+    with pytest.raises(OSError, match="No space left"):
+        sample.write_pictures(sampler, sample.numbered(12, [0]), 1, 0, 2, tmp_path / "many")
+    assert len(drawn) == 2
 
 
 # --- A device without float64 ---------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_the_table_of_a_preset(config, tmp_path, monkeypatch, capfd):
     if config == "emoji":
         flags = "--size demo --batch 4"
     monkeypatch.setitem(train.SIZES, "demo", {"depth": 1, "width": 16, "heads": 2, "adaln": 8})
-    flags += f" --device cpu --precision fp32 --no-compile --runs {tmp_path} --steps 2 --seconds 0.01"
+    flags += f" --device cpu --precision fp32 --no-compile --runs {tmp_path} --sampling_steps 2 --seconds 0.01"
     evaluate.main(["speed", "--config", config, *flags.split()])
     record = json.loads((tmp_path / "speed.jsonl").read_text())
     rows = {row["what"]: row for row in record["rows"]}

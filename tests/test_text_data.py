@@ -163,6 +163,15 @@ def test_texts_beside_the_pictures_are_captions(tmp_path, capsys):
     assert len(source) == 4 and source.captions[1] == "text “b”"
 
 
+def test_a_text_beside_one_of_many_pictures_makes_no_captions(tmp_path):
+    for k in range(8):
+        (tmp_path / f"set/{k % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / f"set/{k % 2}/{k}.png")
+    (tmp_path / "set/0/0.txt").write_text("0 0.5 0.5 0.2 0.2")
+    with pytest.raises(data.UserError, match="beside 1 of 8 pictures, too few for captions"):
+        data.open_data(str(tmp_path / "set"), 8)
+
+
 def test_tars_of_captioned_pictures_are_read_without_unpacking(tmp_path):
     for shard in ("00000", "00001"):                                            # the same names in each
         webdataset(tmp_path / shard)
