@@ -151,7 +151,7 @@ SMALL = Config(
     ema=0.998, decay=0.2, log_every=20,
 )
 PRESETS = {
-    "demo": replace(SMALL, patch=7, steps=1500, batch=64, lr=3e-3),
+    "demo": replace(SMALL, patch=7, steps=2200, batch=64, lr=3e-3),
     "emoji": replace(
         SMALL, data="emoji", size="emoji", patch=8, steps=2800, batch=32, lr=1.5e-3, predict="f",
         tangent="data",
