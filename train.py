@@ -731,7 +731,7 @@ def start_from(model: TiM, cfg: Config) -> None:
 
 
 def dry_run(cfg: Config, world_size: int) -> None:
-    """Print what a run would be and take, from the network's shapes alone: no data, no device."""
+    """Print what a run would be and take, from the shapes of network and pictures alone."""
     if cfg.data in ("demo", "emoji"):  # they are in the repository
         spec = data.open_data(cfg.data).spec
         caption = 0 if spec.classes else data.BYTES["width"]

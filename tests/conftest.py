@@ -12,6 +12,7 @@ from model import TiM
 from sample import save
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)  # as the processes that tests start: some processors sum otherwise with two
 
 
 @pytest.fixture(scope="session")
