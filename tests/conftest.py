@@ -1,4 +1,8 @@
+import os
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in processes that tests start: with two threads, some
+# processors sum otherwise, and what must be equal to the bit is not
 
 import pytest
 import torch
@@ -12,7 +16,6 @@ from model import TiM
 from sample import save
 
 HERE = Path(__file__).parent
-torch.set_num_threads(1)  # as the processes that tests start: some processors sum otherwise with two
 
 
 @pytest.fixture(scope="session")

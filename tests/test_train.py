@@ -522,7 +522,7 @@ def test_a_planted_nan_stops_both_ranks_and_saves_nothing_of_it(tmp_path):
 @pytest.mark.slow
 def test_kill_nine_while_writing_loses_nothing(tmp_path):
     """Ten kills at random moments of back-to-back checkpoint writing; the newest is always whole."""
-    code, text = shell([sys.executable, ROOT / "tests/kill_nine.py", tmp_path])
+    code, text = shell([sys.executable, ROOT / "tests/kill_nine.py", tmp_path], timeout=900)
     assert code == 0 and text.count("whole") == 10, text
 
 
