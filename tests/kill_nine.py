@@ -19,7 +19,8 @@ import train
 CFG = replace(train.Config(), size="demo", patch=2, keep=2)
 SIZES = {"depth": 2, "width": 64, "heads": 2, "adaln": 16}
 NETWORK = {"channels": 2, "patch": 2, **SIZES, "classes": 3}
-RECORD = {"model": NETWORK, "data": {}, "train": asdict(CFG), "fingerprint": ""}
+DATA = {"mean": 0.0, "std": 1.0}
+RECORD = {"model": NETWORK, "data": DATA, "train": asdict(CFG), "fingerprint": ""}
 TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -76,6 +77,7 @@ for turn in range(10):
     while (
         not train.checkpoints(run) or train.checkpoints(run)[-1].name == have
     ):  # until it is writing
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the writer ended by itself"
         time.sleep(0.005)
     time.sleep(wait.random() * 0.3)
     os.kill(child, signal.SIGKILL)
