@@ -394,7 +394,7 @@ read(data.open_data("demo"), 4)                         # starts threads and suc
 before, began = memory("RssAnon"), time.perf_counter()
 source = data.open_data(sys.argv[1])
 opened = time.perf_counter() - began
-rate = max(read(source, 8) for _ in range(2))
+rate = max(read(source, 8) for _ in range(6))
 print(len(source), opened, rate, memory("RssAnon") - before, source.labels[-1])
 """
 
