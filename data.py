@@ -223,7 +223,7 @@ def read_json(path) -> dict:
 
 
 def claim(file, record: dict) -> None:
-    """Write what a folder holds. raises UserError if that differs from what is there."""
+    """Write the settings that the files of a folder depend on. UserError if others are there already."""
     file, temporary = Path(file), aside(file)
     temporary.write_bytes(json.dumps(record, indent=1).encode())
     try:

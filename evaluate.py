@@ -204,13 +204,15 @@ def register_inception() -> None:
     from torch_fidelity import register_feature_extractor, registry
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    if EXTRACTOR in registry.FEATURE_EXTRACTORS_REGISTRY:
+        return
+
     class ChannelsLast(FeatureExtractorInceptionV3):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.to(memory_format=torch.channels_last)
 
-    if EXTRACTOR not in registry.FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(EXTRACTOR, ChannelsLast)
+    register_feature_extractor(EXTRACTOR, ChannelsLast)
 
 
 def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
@@ -300,10 +302,8 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
     require(n >= 10, f"--num {n}: at least 10 pictures")
     paths, curves = cfg.checkpoint or [sample.newest()], {}
     for path in paths:
-        text = sample.load(path)[2]["data"].get("text")
-        way = "draw with sample.py --prompts_file FILE -n N, then fid --images"
-        require(not text, f"{path} was trained on text; {way}")
-    add = open_table(cfg, n, device) if rank == 0 else None
+        sample.checkpoint_file(path)  # is it there?
+    add = None
     if world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # scoring takes its time
     for path, strength in itertools.product(paths, cfg.guidance or [None]):
@@ -311,6 +311,10 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
             path, device, cfg.precision, autoencoder=cfg.autoencoder, guidance=strength,
             interval=cfg.interval, strict=cfg.strict_interval, stochastic=cfg.stochastic,
         )  # fmt: skip
+        way = "draw with sample.py --prompts_file FILE -n N, then fid --images"
+        require(not sampler.texts, f"{path} was trained on text; {way}")
+        if rank == 0 and not add:  # once it is known that there is something to score
+            add = open_table(cfg, n, device)
         run = path if path.is_dir() else path.parent
         name = f"{run.name}, guidance {sampler.options['guidance']:g}"
         for steps in cfg.steps:

@@ -507,7 +507,7 @@ def parse_arguments(argv=None):
 
 
 def class_numbers(asked: list[str] | None, known: tuple[str, ...], many: bool) -> list[int]:
-    """Numbers of classes that were asked for by number or name; by default all, ten for a grid."""
+    """Class numbers for --classes, each a number or a name. Default: the first ten, with `many` all."""
     if asked is None:
         return list(range(len(known) if many else min(10, len(known))))
     numbers = {str(i): i for i in range(len(known))}

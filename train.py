@@ -735,8 +735,8 @@ def dry_run(cfg: Config, world_size: int) -> None:
     if cfg.data in ("demo", "emoji"):  # they are in the repository
         spec = data.open_data(cfg.data).spec
         caption = 0 if spec.classes else data.BYTES["width"]
-        cfg = replace(cfg, channels=spec.shape[0], side=spec.shape[1], caption=caption)
-        cfg = replace(cfg, classes=len(spec.classes))
+        known = {"channels": spec.shape[0], "side": spec.shape[1], "classes": len(spec.classes)}
+        cfg = replace(cfg, caption=caption, **known)
     known = cfg.channels and cfg.side and (cfg.classes or cfg.caption)
     rule = "give --channels, --side, and --classes or --caption"
     require(known, f"--dry_run does not open --data {cfg.data}: {rule}")

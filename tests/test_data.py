@@ -514,6 +514,18 @@ def hand_made(folder):
     return str(folder)
 
 
+def test_captioned_latents_are_mirrored_only_if_asked_for(tmp_path):
+    """Captions may tell left from right; sets of classes are mirrored."""
+    made = Path(hand_made(tmp_path / "set"))
+    mirrored = lambda mirror: data.open_data(str(made), mirror=mirror).load.args[3]
+    assert mirrored(None) and mirrored(True) and not mirrored(False)
+    meta = json.loads((made / "meta.json").read_text()) | {"classes": []}
+    (made / "meta.json").write_text(json.dumps(meta))
+    lines = [json.dumps({"image_file": f"{i}.png", "captions": ["a"]}) for i in range(53)]
+    (made / "captions.jsonl").write_text("\n".join(lines))
+    assert mirrored(True) and not mirrored(None) and not mirrored(False)
+
+
 def stream_digest(n, stream):
     sha = hashlib.sha256()
     for _, batch in zip(range(n), stream):

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,14 @@ class Tiny(FeatureExtractorBase):
 
 if "tiny" not in torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY:
     torch_fidelity.register_feature_extractor("tiny", Tiny)
+
+
+def test_consistency_of_a_text_network_needs_captions(monkeypatch):
+    spec = replace(data.open_data("demo").spec, classes=(), text={"encoder": "bytes", "length": 8, "width": 4})
+    config = {"data": spec.to_json(), "train": {"data": "demo"}, "step": 1}
+    monkeypatch.setattr(sample, "load", lambda *args: (None, TRANSPORTS["tim"], config))
+    with pytest.raises(UserError, match="--data demo has no captions"):
+        evaluate.main(["consistency", "--checkpoint", "x", "--device", "cpu"])
 
 
 def save_tiny(folder: Path) -> None:

@@ -552,6 +552,7 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path):
     code, text = shell(command(tmp_path, "--steps", 4))
     said = text.strip().splitlines()[-1]
     assert code == 2 and said.startswith("error: ") and "remove it to go on" in said, text
+    assert "CheckpointException" not in said, said                              # but what torch met
     assert "Traceback" not in text, text
 
 
@@ -578,7 +579,13 @@ def test_the_curve_is_drawn_of_a_log_that_a_crash_cut_short(tmp_path):
     assert (tmp_path / "curve.png").is_file()
 
 
-def test_what_rank_0_meets_is_raised():
+def test_the_rate_in_the_log_is_that_of_updates(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "write_checkpoint", lambda *args: time.sleep(3))
+    run = train_here(tmp_path, "--steps", 3, "--save_every", 1, "--log_every", 1)
+    assert all(line["images_per_s"] > 8 / 3 for line in log(run))
+
+
+def test_what_rank_0_meets_is_raised_on_all(monkeypatch):
     def fail(problem):
         raise problem
 
@@ -586,8 +593,12 @@ def test_what_rank_0_meets_is_raised():
         (OSError("no space"), data.UserError), (data.UserError("fix it"), data.UserError),
         (KeyError("a bug"), KeyError),
     ):  # fmt: skip
+        heard = []
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "broadcast_object_list", heard.extend)
         with pytest.raises(kind):
             train.first_rank(fail, problem)
+        assert heard == [str(problem)]                                          # so no rank waits for ever
 
 
 def test_old_checkpoints_go_and_milestones_stay(tmp_path):
