@@ -36,7 +36,7 @@ import sample
 import train
 import transition
 from data import DataSpec, UserError, explain, flag, require
-from model import TiM, lower_precision
+from model import lower_precision
 
 
 def print_row(row: dict, heads: bool = False) -> None:
@@ -508,7 +508,8 @@ def measure(action, device: torch.device, limit: float) -> tuple[float, int, flo
 
 def plain_jvp(f, transport, x, eps, t, r, y) -> torch.Tensor:
     """df/dt by torch.func.jvp as one would write it: attention as products, torch's own rules."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         along = lambda s: f(transition.interpolate(transport, x, eps, s), s, r, y)
         return torch.func.jvp(along, (t,), (torch.ones_like(t),))[1]
 
@@ -553,12 +554,11 @@ def speed(cfg: train.Config, sampling_steps: list[int], seconds: float) -> None:
         "update, DDE, guided target": replace(plain, guide_cond=0.75),
         "update, DDE, own path": replace(plain, tangent="network"),
     }
-    train.connect(device, dtype)
+    train.connect(device)
     networks, actions = train.build(cfg, network, device, dtype), {}
     for name, arm in updates.items():
         actions[name] = partial(train.train_step, networks, transport, arm, 0, [batch], texts)
-    model = TiM(**network).to(device).eval().requires_grad_(False)
-    lower_precision(model, dtype)
+    model = networks.ema  # has no gradients
     rng = data.rng(cfg.seed, device=device)
     t, r = transition.sample_times(transport, n, train.time_mixture(cfg, x.shape), rng)
     inputs = sample.network_f(model, transport, texts), transport, x, torch.randn_like(x), t, r, y

@@ -6,9 +6,9 @@ Tensor names, shapes and numerics are those of the released TiM weights: they lo
     C  channels       D  width          L  caption tokens
     S  side           H  heads          p  patch
 
-Precision follows the weights: a Linear computes in the type its weight has. `lower_precision` puts
-attention and MLP in bf16; times, their embeddings, adaLN, the residual stream, the patch embedding
-and the last layer stay fp32, or a finite difference over time drowns in rounding.
+`lower_precision` puts attention and MLP in bf16; times, their embeddings, adaLN, the residual
+stream, the patch embedding and the last layer stay fp32, or a finite difference over time drowns in
+rounding.
 """
 
 from functools import lru_cache
@@ -36,14 +36,26 @@ def unpack(x):
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the type of its weight, whatever comes in."""
+    """A linear layer that computes in `dtype` or else in its weight's type, whatever comes in."""
+
+    dtype = None
 
     def forward(self, x):
-        x, dx = unpack(x.to(self.weight.dtype))
-        out = F.linear(x, self.weight, self.bias)
+        dtype = self.dtype or self.weight.dtype
+        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        x, dx = unpack(x.to(dtype))
+        out = F.linear(x, weight, bias)
         if dx is None:
             return out
-        return forward_ad.make_dual(out, F.linear(dx, self.weight))   # torch adds a product by zero
+        return forward_ad.make_dual(out, F.linear(dx, weight))        # torch adds a product by zero
+
+
+class HeadNorm(nn.LayerNorm):
+    """Over the size of a head, in the type of what comes in."""
+
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def attend(q, k, v, mask=None):
@@ -167,8 +179,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
         self.qkv_d = Linear(width, 3 * width, bias=False) if interval else None
-        self.q_norm = nn.LayerNorm(width // heads, eps=1e-5)
-        self.k_norm = nn.LayerNorm(width // heads, eps=1e-5)
+        self.q_norm = HeadNorm(width // heads, eps=1e-5)
+        self.k_norm = HeadNorm(width // heads, eps=1e-5)
         self.proj = Linear(width, width)
 
     def forward(self, x, d, rope):                                  # (B, N, D), (B, D) -> (B, N, D)
@@ -189,8 +201,8 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.q, self.kv = Linear(width, width), Linear(width, 2 * width)
         self.proj = Linear(width, width)
-        self.q_norm = nn.LayerNorm(width // heads, eps=1e-5)
-        self.k_norm = nn.LayerNorm(width // heads, eps=1e-5)
+        self.q_norm = HeadNorm(width // heads, eps=1e-5)
+        self.k_norm = HeadNorm(width // heads, eps=1e-5)
 
     def forward(self, x, caption, mask, rope):                   # (B, N, D), (B, L, D) -> (B, N, D)
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)                  # (B, H, N, K)
@@ -337,10 +349,13 @@ class TiM(nn.Module):
         return (f, tokens) if aligned else f
 
 
-def lower_precision(model: TiM, dtype=torch.bfloat16) -> TiM:
-    """Put attention and MLP in `dtype`, in place; the rest stays as it is. For inference."""
+def lower_precision(model: TiM, dtype=torch.bfloat16, masters=False) -> TiM:
+    """Put attention and MLP in `dtype`, in place; the rest stays as it is. With `masters`, for
+    training, the weights keep their type and are cast at every pass."""
     for block in model.blocks:
         for part in (block.attn, block.cross_attn, block.mlp):
-            if part is not None:
+            if part is not None and not masters:
                 part.to(dtype)
+            elif part is not None:
+                part.apply(lambda layer: setattr(layer, "dtype", dtype))  # read by Linear
     return model

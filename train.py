@@ -376,26 +376,27 @@ def update_average(ema, model, decay: float) -> None:
     torch._foreach_lerp_(averaged, live, 1 - decay)
 
 
-# --- Many ranks. A lone fp32 process has no group: no collective ever runs there ------------------
+# --- Many ranks. A process alone has no group: no collective ever runs there ----------------------
 
 
-def connect(device: torch.device, dtype: torch.dtype) -> None:
-    """Join the ranks that torchrun started. Alone in bf16: a group of one, for FSDP."""
+def connect(device: torch.device) -> None:
+    """Join the ranks that torchrun started, if it did."""
     torch._dynamo.config.suppress_errors = device.type == "cpu"  # no C++ compiler: run uncompiled
     torch._dynamo.config.recompile_limit = 512  # one a shape: buckets, captions, batches
     torch._dynamo.config.accumulated_recompile_limit = 512
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
-    elif dtype == torch.bfloat16:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def shard(model, mesh, cfg: Config, dtype: torch.dtype):
     """FSDP2, a unit per block: fp32 master weights and reduction, attention and MLP in `dtype`.
 
     adaLN is a unit of its own and stays fp32; inputs are never cast: bf16 would make t +- h noise.
+    An update runs the network two to four times: what trains is gathered once for all of them and
+    resharded by its backward pass; the average has none and is resharded at once.
     """
+    again = {"reshard_after_forward": not model.x_embedder.proj.weight.requires_grad}
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     half = replace(whole, param_dtype=torch.bfloat16) if dtype == torch.bfloat16 else whole
     for block in model.blocks:
@@ -404,11 +405,11 @@ def shard(model, mesh, cfg: Config, dtype: torch.dtype):
         if cfg.compile:
             block.compile(dynamic=False)  # each shape of a native set is compiled as it is
         if mesh is not None:
-            fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=whole)
-            fully_shard(block, mesh=mesh, mp_policy=half)
+            fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=whole, **again)
+            fully_shard(block, mesh=mesh, mp_policy=half, **again)
     if mesh is None:
         return model
-    return fully_shard(model, mesh=mesh, mp_policy=whole, reshard_after_forward=True)
+    return fully_shard(model, mesh=mesh, mp_policy=whole, **again)
 
 
 def first_rank(action, *args) -> None:
@@ -679,8 +680,8 @@ def network_arguments(cfg: Config, spec: DataSpec, features=None) -> dict:
 def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) -> Networks:
     """The network, its average and the optimizer, sharded over all ranks.
 
-    A rank alone in fp32 has nothing to shard and is spared FSDP's copies; in bf16 FSDP holds the
-    fp32 master weights.
+    A rank alone has nothing to shard and is spared FSDP, whose copies and hooks cost more than an
+    update on one GPU; the fp32 master weights of bf16 are then cast at every pass.
     """
     torch.manual_seed(cfg.seed)  # every rank the same weights
     model, ema = TiM(**network), TiM(**network).requires_grad_(False)
@@ -688,14 +689,16 @@ def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) 
         start_from(model, cfg)
     ema.load_state_dict(model.state_dict())
     mesh = None
-    if dist.is_initialized() and (data.ranks()[1] > 1 or dtype == torch.bfloat16):
-        world_size = data.ranks()[1]
+    world_size = data.ranks()[1]
+    if world_size > 1:
         shape, names = (world_size,), None
         if cfg.replicate > 1:
             shape, names = (cfg.replicate, world_size // cfg.replicate), ("replicate", "shard")
         mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
     else:
-        model, ema = model.to(device), ema.to(device)
+        for network in (model.to(device), ema.to(device)):
+            if dtype == torch.bfloat16:
+                lower_precision(network, masters=True)
     model, ema = shard(model, mesh, cfg, dtype), shard(ema, mesh, cfg, dtype)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6,
@@ -762,7 +765,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda v: v):
         model(x, t, t, y)
-    n, unit = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
+    n = sum(p.numel() for p in model.parameters())
     activations, depth = sum(saved.values()), len(model.blocks)
     if cfg.checkpointing:  # of one block, and the inputs of all
         activations = activations // depth + 4 * depth * share * tokens * SIZES[cfg.size]["width"]
@@ -772,9 +775,9 @@ def dry_run(cfg: Config, world_size: int) -> None:
     epochs = f" = {images / 1_281_167:.1f} epochs of ImageNet" if cfg.classes == 1000 else ""
     print(f"{cfg.steps:,} updates x {cfg.batch} = {images:,} images{epochs}")
     print(f"{world_size} ranks, {depth} blocks in {shards} shards, {share} images a micro-batch")
-    gathered = 2 * unit * (4 if cfg.precision == "fp32" else 2)
+    whole = sum(p.nbytes for p in model.parameters() if shards > 1 or p.dtype == torch.bfloat16)
     sizes = {"weights": 4 * n / shards, "gradients": 4 * n / shards, "optimizer": 8 * n / shards,
-             "average": 4 * n / shards, "gathered blocks": gathered, "activations": activations}
+             "average": 4 * n / shards, "weights in use": whole, "activations": activations}
     for name, size in (sizes | {"total": sum(sizes.values())}).items():
         print(f"  {name:16} {size / 2**30:8.3f} GiB a rank")
 
@@ -923,7 +926,7 @@ def train(cfg: Config) -> None:
     """Train or resume; every rank of a torchrun calls it with the same configuration."""
     device = data.open_device(cfg.device)
     dtype = data.pick_dtype(device, cfg.precision)
-    connect(device, dtype)
+    connect(device)
     stop = []  # the signals seen
 
     def on_signal(number, frame):

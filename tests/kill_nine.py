@@ -1,6 +1,6 @@
 """Ten times: fork a process that writes checkpoints back to back, kill -9 it, read the newest.
 
-In turn in fp32 and as FSDP in bf16; each is read as the other.
+In turn alone in fp32 and as FSDP in bf16; each is read as the other.
 """
 
 import os
@@ -27,8 +27,13 @@ TYPES = (torch.float32, torch.bfloat16)
 def start(dtype):
     torch.set_num_threads(1)
     device = torch.device("cpu")
-    train.connect(device, dtype)
-    return train.build(CFG, NETWORK, device, dtype)
+    networks = train.build(CFG, NETWORK, device, dtype)
+    if dtype == torch.float32:
+        return networks
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = dist.init_device_mesh("cpu", (1,))
+    model, ema = (train.shard(m, mesh, CFG, dtype) for m in networks[:2])
+    return train.Networks(model, ema, torch.optim.AdamW(model.parameters()))
 
 
 def parts(networks):

@@ -169,7 +169,7 @@ def test_a_step_does_not_wait_for_the_gpu(dtype, derivative):
     argv = flags_of("unused", *switches, "--share_diffusion", ".3", "--guide_low", ".2")
     cfg = replace(train.parse_config(argv)[0], h=0.01)
     device, transport = torch.device("cuda", 0), TRANSPORTS[cfg.transport]
-    train.connect(device, dtype)
+    train.connect(device)
     try:
         spec = data.DataSpec("random", (2, 4, 4), classes=("a", "b", "c"))
         networks = train.build(cfg, train.network_arguments(cfg, spec), device, dtype)
@@ -333,18 +333,27 @@ def test_bad_input_stops_every_rank(two_ranks):
     assert not (two_ranks[0] / "odd").exists()
 
 
-def test_sharded_bf16_casts_weights_and_no_inputs():
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return dist.init_device_mesh("cpu", (1,))
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "alone"])
+def test_bf16_casts_weights_and_no_inputs(sharded):
     """Attention and MLP compute in bf16; times, the residual stream, c, d and adaLN stay fp32."""
-    train.connect(CPU, torch.bfloat16)
+    mesh = group_of_one() if sharded else None
     try:
         cfg = replace(train.Config(), size="demo", patch=2)
         network = {"channels": 2, "patch": 2, **SIZES["demo"], "classes": 3}
-        model = train.build(cfg, network, CPU, torch.bfloat16).model
+        model = train.build(cfg, network, CPU, FP32 if sharded else torch.bfloat16).model
+        model = train.shard(model, mesh, cfg, torch.bfloat16) if sharded else model
         block, seen = model.blocks[1], {}
         note = lambda name: lambda module, inputs: seen.update({name: inputs[0].dtype})
+        made = lambda name: lambda module, inputs, out: seen.update({name: out.dtype})
         of_block = lambda module, inputs: seen.update(block={v.dtype for v in inputs[:3]})
         block.register_forward_pre_hook(of_block)
         block.attn.proj.register_forward_pre_hook(note("attention"))
+        block.attn.q_norm.register_forward_hook(made("q"))
         block.mlp.fc2.register_forward_pre_hook(note("mlp"))
         block.adaLN_modulation.fc2.register_forward_pre_hook(note("adaLN"))
         keep = lambda module, inputs: seen.update(t=inputs[0].clone())
@@ -353,8 +362,64 @@ def test_sharded_bf16_casts_weights_and_no_inputs():
         f = model(torch.randn(2, 2, 4, 4), t, t * 0.3, torch.tensor([0, 1]))
         low = torch.bfloat16
         assert torch.equal(seen.pop("t"), t) and f.dtype == FP32
-        assert seen == {"block": {FP32}, "attention": low, "mlp": low, "adaLN": FP32}
-        assert all(p.dtype == FP32 for p in model.parameters())  # the masters
+        assert seen == {"block": {FP32}, "attention": low, "q": low, "mlp": low, "adaLN": FP32}
+        f.sum().backward()  # reshards
+        assert all(p.dtype == p.grad.dtype == FP32 for p in model.parameters())  # the masters
+    finally:
+        if sharded:
+            dist.destroy_process_group()
+
+
+def test_bf16_alone_is_what_fsdp_computes():
+    """Output and gradients of two micro-batches: in bf16 bit for bit."""
+    cfg = replace(train.Config(), size="demo", patch=2)
+    network = {"channels": 2, "patch": 2, **SIZES["demo"], "classes": 3}
+    alone = train.build(cfg, network, CPU, torch.bfloat16).model
+    with torch.no_grad():
+        for p in alone.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    state = {name: p.clone() for name, p in alone.state_dict().items()}
+    mesh = group_of_one()
+    try:
+        sharded = train.build(cfg, network, CPU, FP32).model
+        sharded.load_state_dict(state)
+        sharded = train.shard(sharded, mesh, cfg, torch.bfloat16)
+        for k in range(2):
+            x, t, y = torch.randn(2, 2, 4, 4), torch.rand(2), torch.tensor([0, 1])
+            for model in (alone, sharded):
+                if model is sharded:
+                    model.set_requires_gradient_sync(k == 1)
+                with torch.no_grad():
+                    model(x, t, t / 2, y)  # as the difference does, before the pass that learns
+            found = [model(x, t, t / 2, y) for model in (alone, sharded)]
+            assert torch.equal(*found)
+            for f in found:
+                f.square().mean().backward()
+        for (name, a), b in zip(alone.named_parameters(), sharded.parameters()):
+            exact = 0 if name.startswith("blocks") else 1e-6  # in fp32 two sums differ in order
+            assert (a.grad - train.local(b.grad)).abs().max() <= exact * a.grad.abs().max()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_trains_is_gathered_once_an_update(monkeypatch):
+    """Three passes of the network, one of its average: each of their units is gathered once."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    calls, gather = [], groups.foreach_all_gather
+    monkeypatch.setattr(groups, "foreach_all_gather", lambda *a: calls.append(1) or gather(*a))
+    cfg = replace(train.parse_config(flags_of("unused", "--tangent", "network"))[0], h=0.01)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        spec = data.DataSpec("random", (2, 4, 4), classes=("a", "b", "c"))
+        network = train.network_arguments(cfg, spec)
+        networks = train.build(cfg, network, CPU, torch.bfloat16)
+        units = 2 * len(networks.model.blocks) + 1
+        batch = data.Batch(torch.randn(4, 2, 4, 4), torch.arange(4) % 3)
+        train.train_step(networks, TRANSPORTS[cfg.transport], cfg, 0, [batch])
+        assert len(calls) == 2 * units
     finally:
         dist.destroy_process_group()
 
