@@ -353,9 +353,9 @@ def lower_precision(model: TiM, dtype=torch.bfloat16, masters=False) -> TiM:
     """Put attention and MLP in `dtype`, in place; the rest stays as it is. With `masters`, for
     training, the weights keep their type and are cast at every pass."""
     for block in model.blocks:
-        for part in (block.attn, block.cross_attn, block.mlp):
-            if part is not None and not masters:
-                part.to(dtype)
-            elif part is not None:
+        for part in filter(None, (block.attn, block.cross_attn, block.mlp)):
+            if masters:
                 part.apply(lambda layer: setattr(layer, "dtype", dtype))  # read by Linear
+            else:
+                part.to(dtype)
     return model

@@ -151,9 +151,11 @@ SMALL = Config(
     ema=0.998, decay=0.2, log_every=20,
 )
 PRESETS = {
-    "demo": replace(SMALL, patch=7, steps=2200, batch=64, lr=3e-3),
+    # fp32 on GPUs, too: so small a network is all launches, and bf16 has more of them
+    "demo": replace(SMALL, patch=7, steps=2200, batch=64, lr=3e-3, precision="fp32"),
     "emoji": replace(
-        SMALL, data="emoji", size="emoji", patch=8, steps=3500, batch=32, lr=1.5e-3
+        SMALL, data="emoji", size="emoji", patch=8, steps=3500, batch=32, lr=1.5e-3,
+        precision="fp32",
     ),
     # 256 tokens, 512 epochs: 1.4 hours of one H100 at 40% of its bf16 peak, computed from 4.5
     # forward passes of 17 GFLOPs a picture, not yet measured
@@ -777,7 +779,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
     print(f"{world_size} ranks, {depth} blocks in {shards} shards, {share} images a micro-batch")
     whole = sum(p.nbytes for p in model.parameters() if shards > 1 or p.dtype == torch.bfloat16)
     sizes = {"weights": 4 * n / shards, "gradients": 4 * n / shards, "optimizer": 8 * n / shards,
-             "average": 4 * n / shards, "weights in use": whole, "activations": activations}
+             "average": 4 * n / shards, "gathered": whole, "activations": activations}
     for name, size in (sizes | {"total": sum(sizes.values())}).items():
         print(f"  {name:16} {size / 2**30:8.3f} GiB a rank")
 

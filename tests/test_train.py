@@ -947,4 +947,6 @@ def test_dry_run_says_what_xl_takes(capsys):
     sizes = {line[0]: float(line[-4]) for line in lines}
     assert sizes["weights"] == pytest.approx(664_128_016 * 4 / 16 / 2**30, abs=1e-3)
     assert sizes["optimizer"] == pytest.approx(2 * sizes["weights"], abs=2e-3)
+    blocks = 28 * (1152 * 1152 * 7 + 3 * 1152 * 3072 + 1152 * 5 + 2 * 3072 + 4 * 72)  # in bf16
+    assert sizes["gathered"] == pytest.approx((4 * 664_128_016 - 2 * blocks) / 2**30, abs=1e-3)
     assert 5 < sizes["activations"] < 40
