@@ -94,7 +94,7 @@ class FidConfig:
     autoencoder: str | None = flag(None, "folder or hub name (default: the checkpoint's)", str)
     side: int | None = flag(None, "crop pictures of --images and --reference to this", INTEGER)
     inception: str | None = flag(None, "weights in torch-fidelity's form (default: fetched)", str)
-    cache: Path = flag(Path("runs/reference"), "folder of the reference's pictures and features")
+    cache: Path = flag(Path("runs/reference"), "folder of the reference's features")
     plot: Path | None = flag(None, "PNG of FID over steps (default: beside the records)", Path)
     seed: int = flag(0, "of the noise", data.natural)
     batch: int = flag(100, "pictures per pass", INTEGER)
@@ -102,24 +102,32 @@ class FidConfig:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Files as uint8 RGB (3, H, W), resized and cropped to `side` as torch-fidelity does.
+    """Pictures as uint8 RGB (3, H, W), resized and cropped to `side` as torch-fidelity does.
 
-    key  stands for the content, by the files' names, sizes and times of change
+    items  files, or what `read` turns into PIL images; `stamp` stands for what it reads from
+    key    stands for the content; of files, by their names, sizes and times of change
     """
 
-    def __init__(self, name: str, files: list[Path], side: int | None = None):
-        self.name, self.files, self.side = name, files, side
-        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        self.key = f"{Path(name).stem}_{digest(name, stamps, side)}"
+    def __init__(self, name: str, items: list, side: int | None = None, read=Image.open, stamp=""):
+        self.name, self.items, self.side, self.read, self.stamp = name, items, side, read, stamp
+        stats = [
+            (str(item), item.stat().st_size, item.stat().st_mtime_ns)
+            if isinstance(item, Path) else item for item in items
+        ]  # fmt: skip
+        self.key = f"{Path(name).stem}_{digest(name, stats, side, stamp)}"
+
+    def part(self, indices) -> "Pictures":
+        items = [self.items[i] for i in indices]
+        return Pictures(self.name, items, self.side, self.read, self.stamp)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.items)
 
     def __getitem__(self, i: int) -> torch.Tensor:
         from torchvision.transforms import functional as vision
 
-        with explain(Exception, f"{self.files[i]}: not a whole picture", "remove it"):
-            picture = Image.open(self.files[i]).convert("RGB")
+        with explain(Exception, f"{self.items[i]}: not a whole picture", "remove it"):
+            picture = self.read(self.items[i]).convert("RGB")
         if self.side:
             picture = vision.center_crop(vision.resize(picture, self.side), self.side)
         return vision.pil_to_tensor(picture)
@@ -128,29 +136,20 @@ class Pictures(torch.utils.data.Dataset):
         return list(data.in_threads(self.__getitem__, batch, 4))
 
 
-def write_once(folder: Path, n: int, read) -> list[Path]:
-    """n pictures as PNG files, but those that are there; read(i) gives uint8 (H, W, C)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{i:06}.png" for i in range(n)]
-    for i, file in enumerate(files):
-        if not file.exists():
-            data.write_picture(read(i), file)
-    return files
-
-
-def picture_files(name: str, cache: Path) -> list[Path]:
-    """Those of a folder, at any depth, or of a data set, whose pictures are written to `cache`."""
+def open_pictures(name: str, side: int | None) -> Pictures:
+    """Those of a folder, at any depth, or of a data set."""
     if name in SETS:
-        source, rng = data.open_data(name, mirror=False), np.random.default_rng(0)
-        decode, folder = data.Decoder(source.spec), cache / f"{name}_{len(source)}"
-        return write_once(folder, len(source), lambda i: decode(source.read([i], rng).x)[0])
+        source = data.open_data(name, mirror=False)
+        decode, rng = data.Decoder(source.spec), np.random.default_rng  # of which nothing is drawn
+        read = lambda i: data.to_image(decode(source.read([i], rng(0)).x)[0])
+        return Pictures(name, list(range(len(source))), side, read, source.fingerprint())
     files = sorted(f for f in Path(name).rglob("*") if f.suffix.lower() in data.PICTURES)
     require(files, f"{name}: no pictures in it; give a folder of some, or one of {', '.join(SETS)}")
-    return files
+    return Pictures(name, files, side)
 
 
-def open_npz(path: Path, cache: Path) -> tuple[list[Path], dict]:
-    """The pictures of arr_0 as files in `cache`, and mu and sigma; either may be missing."""
+def open_npz(path: Path, side: int | None) -> tuple[Pictures, dict]:
+    """The pictures of arr_0, and mu and sigma; either may be missing."""
     wrong = OSError, ValueError, EOFError, zipfile.BadZipFile
     failed = explain(wrong, f"--reference {path}: not a readable .npz of arrays", "give another")
     with failed, np.load(path) as archive:
@@ -162,8 +161,8 @@ def open_npz(path: Path, cache: Path) -> tuple[list[Path], dict]:
     rule = "expected arr_0 as uint8 (n, H, W, 3), or mu and sigma, or both; found"
     found = {k: f"{v.dtype} {v.shape}" for k, v in arrays.items()}
     require(fits and (statistics or len(images)), f"--reference {path}: {rule} {found}")
-    folder = cache / f"{path.stem}_{data.digest_file(path)}"
-    return write_once(folder, len(images), lambda i: images[i]), statistics
+    read, stamp = lambda i: data.to_image(images[i]), data.digest_file(path)
+    return Pictures(str(path), list(range(len(images))), side, read, stamp), statistics
 
 
 def open_reference(cfg: FidConfig, n: int, features: Path) -> Pictures:
@@ -172,17 +171,15 @@ def open_reference(cfg: FidConfig, n: int, features: Path) -> Pictures:
     mu and sigma of an .npz go to where torch-fidelity keeps the statistics of these pictures in its
     cache `features`; there may be no pictures beside them, and then FID is the only score.
     """
-    name, statistics = cfg.reference, {}
-    if name.endswith(".npz"):
-        files, statistics = open_npz(Path(name), cfg.cache)
+    if cfg.reference.endswith(".npz"):
+        real, statistics = open_npz(Path(cfg.reference), cfg.side)
     else:
-        files = picture_files(name, cfg.cache)
-    if files:
-        num, rule = cfg.reference_num or len(files), f"{name} holds {len(files)} pictures"
-        require(2 <= num <= len(files), f"--reference_num {num}: {rule}")
+        real, statistics = open_pictures(cfg.reference, cfg.side), {}
+    if len(real):
+        num, rule = cfg.reference_num or len(real), f"{real.name} holds {len(real)} pictures"
+        require(2 <= num <= len(real), f"--reference_num {num}: {rule}")
         require(statistics or n <= num, f"--num {n}: the reference {rule}, of which {num} are used")
-        files = [files[i] for i in np.linspace(0, len(files) - 1, num).round().astype(int)]
-    real = Pictures(name, files, cfg.side)
+        real = real.part(np.linspace(0, len(real) - 1, num).round().astype(int))
     if statistics:
         torch.save(statistics, features / f"{real.key}-{EXTRACTOR}-stat-fid-{FEATURES}.pt")
     return real
@@ -261,8 +258,7 @@ def open_table(cfg: FidConfig, n: int, device: torch.device):
     half, floor = min(n, len(real) // 2), dict.fromkeys(SCORES)
     if half:
         order = torch.randperm(len(real), generator=data.rng(0))
-        parts = [[real.files[i] for i in part] for part in (order[:half], order[half:])]
-        first, rest = (Pictures(real.name, files, real.side) for files in parts)
+        first, rest = real.part(order[:half]), real.part(order[half:])
         floor = score(first, rest, options | {"input1_cache_name": first.key})
     print(f"{n} pictures a row against {cfg.reference}; other numbers do not compare")
     print_row({"row": f"real, n = {half}", "steps": None, "NFE": None} | floor, heads=True)
@@ -287,13 +283,13 @@ def fid(cfg: FidConfig) -> None:
     if not cfg.images:
         score_networks(cfg, device)
     elif data.ranks()[0] == 0:
-        files = picture_files(cfg.images, cfg.cache)
-        n = cfg.num or len(files)
-        require(10 <= n <= len(files), f"--num {n}: {cfg.images} holds {len(files)}; at least 10")
+        pictures = open_pictures(cfg.images, cfg.side)
+        n, known = cfg.num or len(pictures), len(pictures)
+        require(10 <= n <= known, f"--num {n}: {cfg.images} holds {known}; at least 10")
         folder = cfg.cache if cfg.images in SETS else Path(cfg.images)
         row = {"row": Path(cfg.images).name, "steps": None, "NFE": None}
-        pictures, add = Pictures(cfg.images, files[:n], cfg.side), open_table(cfg, n, device)
-        add(row, pictures, folder / "eval.jsonl", {"images": cfg.images})
+        add = open_table(cfg, n, device)
+        add(row, pictures.part(range(n)), folder / "eval.jsonl", {"images": cfg.images})
 
 
 def score_networks(cfg: FidConfig, device: torch.device) -> None:

@@ -345,7 +345,7 @@ class TiM(nn.Module):
                 tokens = self.projector(x)
         x = self.final_layer(x, c)                                                 # (B, h w, p p C)
         x = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (h, w))   # (B, h, w, p, p, C)
-        f = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                # (B, C, h p, w p)
+        f = x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.channels, h * self.patch, -1)
         return (f, tokens) if aligned else f
 
 

@@ -232,16 +232,28 @@ def test_features_are_kept_until_the_pictures_or_the_weights_change(tmp_path):
     assert values[0] == values[1] and len(set(values)) == 3
 
 
-def test_a_data_set_is_written_once_and_used_in_part(tmp_path):
+def test_a_data_set_is_read_as_it_is_and_in_part(tmp_path, monkeypatch):
+    """Of 1,561 pictures only those that are scored are decoded, and none is written."""
+    decoded, read = [], data.DataSet.read
+    note = lambda self, i, rng: decoded.append(i[0]) or read(self, i, rng)
+    monkeypatch.setattr(data.DataSet, "read", note)
     for _ in range(2):
         fid("--images", "emoji", "-n", 20, "--reference", "emoji", "--reference_num", 50)
-    folder = tmp_path / "runs/reference/emoji_1561"
-    first, second = records(tmp_path / "runs/reference/eval.jsonl")
-    assert len(list(folder.iterdir())) == 1561 and first["FID"] == second["FID"]
+    cache = tmp_path / "runs/reference"
+    first, second = records(cache / "eval.jsonl")
+    assert first["FID"] == second["FID"] and not list(cache.rglob("*.png"))
     assert first["reference_n"] == 50 and first["n"] == 20
-    pixels = data.open_emoji().read([7], np.random.default_rng(0)).x
+    spread = np.linspace(0, 1560, 50).round().astype(int).tolist()
+    assert set(decoded) == {*range(20), *spread}
+    pixels = read(data.open_emoji(), [7], np.random.default_rng(0)).x
     want = data.Decoder(data.open_emoji().spec)(pixels)[0]
-    assert (np.asarray(Image.open(folder / "000007.png")) == want).all()
+    found = evaluate.open_pictures("emoji", None)[7]
+    assert (found.numpy() == want.transpose(2, 0, 1)).all()
+
+
+def test_grey_pictures_of_a_set_are_scored_in_three_channels():
+    grey = evaluate.open_pictures("demo", 20)[3]
+    assert grey.shape == (3, 20, 20) and (grey[0] == grey[2]).all() and grey.float().std() > 1
 
 
 # --------------------------------------------------------------------------------------------------
