@@ -748,7 +748,7 @@ def open_latents(folder: Path, want_features: bool, mirror: bool | None) -> Data
 
 def random_data(shape, classes: int) -> DataSet:
     """Noise, to run a preset without data; with captions if there are no classes."""
-    require(all(shape), f"--data random with shape {tuple(shape)}: give --channels and --side")
+    require(all(shape), "--data random: give --channels, --side, and --classes if not captions")
     texts = [[f"picture {i}, " + "noise " * (i % 64)] for i in range(2 * TABLE)]
     spec = DataSpec("random", tuple(shape), classes=tuple(str(i) for i in range(classes)))
     labels = np.arange(1_281_167) % (classes or len(texts))

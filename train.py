@@ -690,8 +690,7 @@ def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) 
     if cfg.init:
         start_from(model, cfg)
     ema.load_state_dict(model.state_dict())
-    mesh = None
-    world_size = data.ranks()[1]
+    mesh, world_size = None, data.ranks()[1]
     if world_size > 1:
         shape, names = (world_size,), None
         if cfg.replicate > 1:
@@ -818,9 +817,7 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
     rank, world_size = data.ranks()
     folder, transport = Path(cfg.runs) / cfg.name, TRANSPORTS[cfg.transport]
     if cfg.data == "random":
-        shape = cfg.channels, cfg.side, cfg.side
-        require(all(shape), "--data random: give --channels, --side, and --classes if not captions")
-        dataset = data.random_data(shape, cfg.classes)
+        dataset = data.random_data((cfg.channels, cfg.side, cfg.side), cfg.classes)
     else:
         if cfg.data in data.TORCHVISION:  # rank 0 may have to download it
             first_rank(data.open_data, cfg.data)
