@@ -1263,7 +1263,7 @@ def encode_shard(cfg: EncodeConfig, kind: str, make, size, pictures: list) -> tu
     return {kind: tensor, "labels": np.array(labels, np.int64)}, record
 
 
-def digest(tensors: dict) -> str:
+def checksum(tensors: dict) -> str:
     sha = hashlib.sha256()
     for name in sorted(tensors):
         sha.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
@@ -1273,7 +1273,7 @@ def digest(tensors: dict) -> str:
 
 def write_shard(path: Path, tensors: dict, record: dict) -> None:
     """A shard is complete or not there."""
-    temporary, record = aside(path), record | {"sha256": digest(tensors)}
+    temporary, record = aside(path), record | {"sha256": checksum(tensors)}
     way = "the other shards are complete: free the disk and run again"
     try:
         with explain((OSError, SafetensorError), f"{path}: not written", way):
@@ -1348,7 +1348,7 @@ def inspect(path: str, device: str, autoencoder: str | None, sheet: str) -> None
         meta = read_json(folder / "meta.json")
         shards = meta["shards"] + meta.get("features", {}).get("shards", [])
         for shard in tqdm(shards, "checksums", disable=None):
-            right = digest(load_file(folder / shard["file"])) == shard["sha256"]
+            right = checksum(load_file(folder / shard["file"])) == shard["sha256"]
             require(right, f"{folder / shard['file']}: wrong checksum; delete it and encode again")
         print("all checksums are right")
     try:

@@ -3,7 +3,7 @@
 Tensor names, shapes and numerics are those of the released TiM weights: they load as they are.
 
     B  batch          N  tokens         K  head size, D / H
-    C  channels       D  width          L  caption tokens
+    C  channels       D  width          L  text tokens
     S  side           H  heads          p  patch
 
 `lower_precision` puts attention and MLP in bf16; times, their embeddings, adaLN, the residual
@@ -130,15 +130,15 @@ class LabelEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Features of text to tokens of unit variance. (B, L, caption) -> (B, L, D)."""
+    """Features of text to tokens of unit variance. (B, L, features) -> (B, L, D)."""
 
-    def __init__(self, caption, width):
+    def __init__(self, features, width):
         super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(caption, eps=1e-5), SwiGLU(caption, 4 * width, width)
+        self.norm, self.mlp = nn.LayerNorm(features, eps=1e-5), SwiGLU(features, 4 * width, width)
         self.last = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)          # no weights
 
-    def forward(self, features):
-        return self.last(self.mlp(self.norm(features.to(self.norm.weight.dtype))))
+    def forward(self, x):
+        return self.last(self.mlp(self.norm(x.to(self.norm.weight.dtype))))
 
 
 @lru_cache(maxsize=64)
@@ -194,7 +194,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Picture tokens look at caption tokens; only the picture side has places."""
+    """Picture tokens look at text tokens; only the picture side has positions."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -204,9 +204,9 @@ class CrossAttention(nn.Module):
         self.q_norm = HeadNorm(width // heads, eps=1e-5)
         self.k_norm = HeadNorm(width // heads, eps=1e-5)
 
-    def forward(self, x, caption, mask, rope):                   # (B, N, D), (B, L, D) -> (B, N, D)
+    def forward(self, x, text, mask, rope):                      # (B, N, D), (B, L, D) -> (B, N, D)
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)                  # (B, H, N, K)
-        k, v = self.kv(caption).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = self.kv(text).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), rope), self.k_norm(k)
         mask = None if mask is None else mask[:, None, None]             # (B, 1, 1, L), True = look
         return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
@@ -217,21 +217,21 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention if there are captions, MLP: each shifted, scaled, gated."""
+    """Self-attention, cross-attention to text, if there is any, MLP: each shifted, scaled, gated."""
 
-    def __init__(self, width, heads, adaln, interval, caption):
+    def __init__(self, width, heads, adaln, interval, cross):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)  # for all branches
         self.attn = Attention(width, heads, interval)
-        self.cross_attn = CrossAttention(width, heads) if caption else None
+        self.cross_attn = CrossAttention(width, heads) if cross else None
         self.mlp = SwiGLU(width, 4 * width * 2 // 3, width)
-        self.adaLN_modulation = SwiGLU(width, adaln, (9 if caption else 6) * width)
+        self.adaLN_modulation = SwiGLU(width, adaln, (9 if cross else 6) * width)
 
-    def forward(self, x, c, d, rope, caption=None, mask=None):           # (B, N, D), (B, D), (B, D)
+    def forward(self, x, c, d, rope, text=None, mask=None):              # (B, N, D), (B, D), (B, D)
         m = self.adaLN_modulation(c).unflatten(1, (-1, 1, x.shape[2])).unbind(1)  # 6 or 9 (B, 1, D)
         x = x + m[2] * self.attn(modulate(self.norm(x), m[0], m[1]), d, rope)
         if self.cross_attn is not None:
-            x = x + m[5] * self.cross_attn(modulate(self.norm(x), m[3], m[4]), caption, mask, rope)
+            x = x + m[5] * self.cross_attn(modulate(self.norm(x), m[3], m[4]), text, mask, rope)
         return x + m[-1] * self.mlp(modulate(self.norm(x), m[-3], m[-2]))
 
 
@@ -330,17 +330,17 @@ class TiM(nn.Module):
         rope = rope_table(h, w, self.head, self.rope_theta, self.rope_layout, x.device)
         d = (self.delta_embedder or self.t_embedder)((t - r).to(dtype))                     # (B, D)
         c = self.t_embedder(t.to(dtype)) + d
-        caption = mask = None
+        text = mask = None
         if self.classes is not None:
             c = c + self.y_embedder(y)
         else:
             features, mask = y if isinstance(y, tuple) else (y, None)
-            caption = self.y_embedder(features)
+            text = self.y_embedder(features)
             mask = mask if self.caption_mask else None
         x = self.x_embedder(x.to(dtype))                                                 # (B, N, D)
         tokens = None
         for i, block in enumerate(self.blocks):
-            x = block(x, c, d, rope, caption, mask)
+            x = block(x, c, d, rope, text, mask)
             if aligned and i + 1 == self.tap:
                 tokens = self.projector(x)
         x = self.final_layer(x, c)                                                 # (B, h w, p p C)
