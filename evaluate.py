@@ -36,7 +36,7 @@ import sample
 import train
 import transition
 from data import DataSpec, UserError, explain, flag, require
-from model import lower_precision
+from model import TiM, lower_precision
 
 
 def print_row(row: dict, heads: bool = False) -> None:
@@ -554,10 +554,11 @@ def speed(cfg: train.Config, sampling_steps: list[int], seconds: float) -> None:
     networks, actions = train.build(cfg, network, device, dtype), {}
     for name, arm in updates.items():
         actions[name] = partial(train.train_step, networks, transport, arm, 0, [batch], texts)
-    model = networks.ema  # has no gradients
+    model = TiM(**network).to(device).eval().requires_grad_(False)  # as sample.py draws
+    lower_precision(model, dtype)
     rng = data.rng(cfg.seed, device=device)
     t, r = transition.sample_times(transport, n, train.time_mixture(cfg, x.shape), rng)
-    inputs = sample.network_f(model, transport, texts), transport, x, torch.randn_like(x), t, r, y
+    inputs = sample.network_f(networks.ema, transport, texts), transport, x, torch.randn_like(x), t, r, y
     actions["df/dt, DDE"] = partial(transition.finite_difference, *inputs, cfg.h)
     actions["df/dt, exact_derivative"] = partial(transition.exact_derivative, *inputs)
     actions["df/dt, torch.func.jvp"] = partial(plain_jvp, *inputs)

@@ -207,6 +207,8 @@ def parse_config(argv=None) -> tuple[Config, int]:
         known = Path(given["data"]).expanduser().resolve().name
         name = f"{known}_{name}" if known in PRESETS else known or name
         preset = replace(preset, patch=0, batch=0, sample_every=250)
+    if given.get("size", preset.size) != preset.size:
+        preset = replace(preset, precision="auto")
     was, now = TRANSPORTS[preset.transport], TRANSPORTS[given.get("transport", preset.transport)]
     if now.mean is None or (now.t_min, now.t_max) != (was.t_min, was.t_max):
         preset = replace(preset, time_mean=None, time_std=None)  # the times of another range
@@ -345,6 +347,7 @@ def train_step(networks: Networks, transport, cfg: Config, step: int, batches, t
     for k, batch in enumerate(batches):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(k + 1 == len(batches))
+            model.set_reshard_after_backward(k + 1 == len(batches))
         slot = data.ranks()[0] * len(batches) + k
         rng = data.rng(cfg.seed, step, slot, 1, device=batch.x.device)
         loss, *parts = objective(f, f_ema, transport, cfg, batch, rng)
@@ -776,8 +779,10 @@ def dry_run(cfg: Config, world_size: int) -> None:
     epochs = f" = {images / 1_281_167:.1f} epochs of ImageNet" if cfg.classes == 1000 else ""
     print(f"{cfg.steps:,} updates x {cfg.batch} = {images:,} images{epochs}")
     print(f"{world_size} ranks, {depth} blocks in {shards} shards, {share} images a micro-batch")
-    whole = sum(p.nbytes for p in model.parameters() if shards > 1 or p.dtype == torch.bfloat16)
-    sizes = {"weights": 4 * n / shards, "gradients": 4 * n / shards, "optimizer": 8 * n / shards,
+    alone = world_size == 1  # then only what is cast to bf16 is there twice
+    whole = sum(p.nbytes for p in model.parameters() if not alone or p.dtype == torch.bfloat16)
+    gradients = 4 * n / (shards if cfg.accumulate == 1 else 1)  # whole until they are summed
+    sizes = {"weights": 4 * n / shards, "gradients": gradients, "optimizer": 8 * n / shards,
              "average": 4 * n / shards, "gathered": whole, "activations": activations}
     for name, size in (sizes | {"total": sum(sizes.values())}).items():
         print(f"  {name:16} {size / 2**30:8.3f} GiB a rank")

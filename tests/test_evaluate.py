@@ -247,8 +247,20 @@ def test_a_data_set_is_read_as_it_is_and_in_part(tmp_path, monkeypatch):
     assert set(decoded) == {*range(20), *spread}
     pixels = read(data.open_emoji(), [7], np.random.default_rng(0)).x
     want = data.Decoder(data.open_emoji().spec)(pixels)[0]
-    found = evaluate.open_pictures("emoji", None)[7]
+    again = evaluate.open_pictures("emoji", None)
+    found, one, other = again[7], again.part(range(9)), again.part(range(10))
+    assert again.part([*range(9)]).key == one.key != other.key
     assert (found.numpy() == want.transpose(2, 0, 1)).all()
+
+
+def test_other_pictures_in_an_npz_of_the_same_name_have_another_key():
+    keys = []
+    for value in (3, 4):
+        np.savez("images.npz", arr_0=np.full((4, 8, 8, 3), value, np.uint8))
+        pictures, statistics = evaluate.open_npz(Path("images.npz"), None)
+        keys.append(pictures.key)
+        assert (pictures[1] == value).all() and not statistics
+    assert keys[0] != keys[1]
 
 
 def test_grey_pictures_of_a_set_are_scored_in_three_channels():

@@ -149,16 +149,21 @@ def test_the_algorithm_is_the_code():
     assert position == sorted(position)  # the same order, too
 
 
-def test_the_table_of_presets_is_that_of_the_code():
+def test_the_table_of_presets_is_that_of_the_code(capsys):
     (lines,) = re.findall(r"\| preset \|.*?\n\n", README, re.S)
     seen = set()
     for line in lines.strip().splitlines()[2:]:
-        names, network, length = line.split("|")[1:4]
+        names, network, length, parameters, memory = line.split("|")[1:6]
         for name in re.findall(r"`(\w+)`", names):
             cfg = train.PRESETS[name]
             seen.add(name)
             assert network.split()[0].rstrip(",") == f"{cfg.size}/{cfg.patch}", name
             assert length.strip() == f"{cfg.steps:,} x {cfg.batch:,}", name
+            train.main(["--config", name, "--dry_run", "--world_size", "16" if memory.strip() else "1"])
+            said = capsys.readouterr().out
+            assert f"{parameters.strip()} parameters" in said, name
+            total = float(re.search(r"total +([\d.]+) GiB", said)[1])
+            assert not memory.strip() or memory.strip() == f"{total:.1f}", name
     assert seen == set(train.PRESETS)
 
 

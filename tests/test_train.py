@@ -18,6 +18,7 @@ from launch import (
 )  # fmt: skip
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
@@ -345,8 +346,9 @@ def test_bf16_casts_weights_and_no_inputs(sharded):
     try:
         cfg = replace(train.Config(), size="demo", patch=2)
         network = {"channels": 2, "patch": 2, **SIZES["demo"], "classes": 3}
-        model = train.build(cfg, network, CPU, FP32 if sharded else torch.bfloat16).model
-        model = train.shard(model, mesh, cfg, torch.bfloat16) if sharded else model
+        model, ema, _ = train.build(cfg, network, CPU, FP32 if sharded else torch.bfloat16)
+        if sharded:
+            model, ema = (train.shard(m, mesh, cfg, torch.bfloat16) for m in (model, ema))
         block, seen = model.blocks[1], {}
         note = lambda name: lambda module, inputs: seen.update({name: inputs[0].dtype})
         made = lambda name: lambda module, inputs, out: seen.update({name: out.dtype})
@@ -358,10 +360,12 @@ def test_bf16_casts_weights_and_no_inputs(sharded):
         block.adaLN_modulation.fc2.register_forward_pre_hook(note("adaLN"))
         keep = lambda module, inputs: seen.update(t=inputs[0].clone())
         model.t_embedder.register_forward_pre_hook(keep)
-        t = torch.tensor([0.9013, 0.5007])
-        f = model(torch.randn(2, 2, 4, 4), t, t * 0.3, torch.tensor([0, 1]))
-        low = torch.bfloat16
-        assert torch.equal(seen.pop("t"), t) and f.dtype == FP32
+        t, low = torch.tensor([0.9013, 0.5007]), torch.bfloat16
+        inputs = torch.randn(2, 2, 4, 4), t, t * 0.3, torch.tensor([0, 1])
+        ema.blocks[0].mlp.fc2.register_forward_pre_hook(note("average"))
+        f = model(*inputs)
+        ema(*inputs)
+        assert torch.equal(seen.pop("t"), t) and f.dtype == FP32 and seen.pop("average") == low
         assert seen == {"block": {FP32}, "attention": low, "q": low, "mlp": low, "adaLN": FP32}
         f.sum().backward()  # reshards
         assert all(p.dtype == p.grad.dtype == FP32 for p in model.parameters())  # the masters
@@ -402,8 +406,9 @@ def test_bf16_alone_is_what_fsdp_computes():
         dist.destroy_process_group()
 
 
-def test_what_trains_is_gathered_once_an_update(monkeypatch):
-    """Three passes of the network, one of its average: each of their units is gathered once."""
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_trains_is_gathered_once_an_update(monkeypatch, accumulate):
+    """A micro-batch is three passes of the network, one of its average, which has no backward."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group as groups
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -418,8 +423,9 @@ def test_what_trains_is_gathered_once_an_update(monkeypatch):
         networks = train.build(cfg, network, CPU, torch.bfloat16)
         units = 2 * len(networks.model.blocks) + 1
         batch = data.Batch(torch.randn(4, 2, 4, 4), torch.arange(4) % 3)
-        train.train_step(networks, TRANSPORTS[cfg.transport], cfg, 0, [batch])
-        assert len(calls) == 2 * units
+        train.train_step(networks, TRANSPORTS[cfg.transport], cfg, 0, [batch] * accumulate)
+        assert len(calls) == (1 + accumulate) * units
+        assert all(isinstance(p, DTensor) for p in networks.model.parameters())  # resharded
     finally:
         dist.destroy_process_group()
 
@@ -950,3 +956,23 @@ def test_dry_run_says_what_xl_takes(capsys):
     blocks = 28 * (1152 * 1152 * 7 + 3 * 1152 * 3072 + 1152 * 5 + 2 * 3072 + 4 * 72)  # in bf16
     assert sizes["gathered"] == pytest.approx((4 * 664_128_016 - 2 * blocks) / 2**30, abs=1e-3)
     assert 5 < sizes["activations"] < 40
+    for flags, gathered, gradients in (
+        ("--batch 32", 2 * blocks, 4 * 664_128_016),
+        ("--batch 32 --precision fp32", 0, 4 * 664_128_016),
+        ("--world_size 2 --replicate 2", 4 * 664_128_016 - 2 * blocks, 4 * 664_128_016),
+        ("--world_size 4 --accumulate 2", 4 * 664_128_016 - 2 * blocks, 4 * 664_128_016),
+        ("--world_size 4", 4 * 664_128_016 - 2 * blocks, 664_128_016),
+    ):
+        train.main(["--config", "imagenet_xl", "--dry_run", *flags.split()])
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        sizes = {line[0]: float(line[1]) for line in lines if line[-2:] == ["a", "rank"]}
+        assert sizes["gathered"] == pytest.approx(gathered / 2**30, abs=1e-3), flags
+        assert sizes["gradients"] == pytest.approx(gradients / 2**30, abs=1e-3), flags
+
+
+def test_fp32_of_a_preset_is_of_its_size():
+    precision = lambda text: train.parse_config(text.split())[0].precision
+    assert precision("") == precision("--config emoji") == "fp32"
+    assert precision("--data photos") == "fp32"
+    assert precision("--size B") == precision("--config cifar10") == "auto"
+    assert precision("--size B --precision bf16") == "bf16"
