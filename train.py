@@ -86,7 +86,8 @@ class Config:
         "are, by s = sqrt(tokens / this); 0 = no shift", NATURAL)
     derivative: str = flag("dde", "df/dt by difference or by autodiff", choices=("dde", "jvp"))
     tangent: str = flag("data", "df/dt along the path of the data's pair (x, eps), as in\n"
-        "the paper, or of the pair that the network sees at (t, t)", choices=("data", "network"))
+        "the paper, or of the pair that the network or its average sees at (t, t)",
+        choices=("data", "network", "average"))
     h: float = flag(0.0, "half width of the difference; 0 = .001 in fp32, .01 in bf16", NOT_NEGATIVE)
     tau: str = flag("tan", "interval weighting: function of time", choices=tuple(TAUS))
     kernel: str = flag("sqrt", "interval weighting: of tau(t) - tau(r)", choices=tuple(KERNELS))
@@ -152,7 +153,7 @@ SMALL = Config(
 )
 PRESETS = {
     # fp32 on GPUs, too: so small a network is all launches, and bf16 has more of them
-    "demo": replace(SMALL, patch=7, steps=2200, batch=64, lr=3e-3, precision="fp32"),
+    "demo": replace(SMALL, patch=7, steps=3600, batch=64, lr=3e-3, precision="fp32"),
     "emoji": replace(
         SMALL, data="emoji", size="emoji", patch=8, steps=3500, batch=32, lr=1.5e-3,
         precision="fp32",
@@ -267,7 +268,7 @@ def objective(f, f_ema, transport: Transport, cfg: Config, batch: data.Batch, rn
     eps = torch.randn(shape, generator=rng, device=x.device)                         # (B, C, H, W)
     if (cfg.guide_gt, cfg.guide_cond) != (1, 0):
         x, eps = guide(f_ema, transport, cfg, x, eps, t, y)
-    df_dt = time_derivative(f, transport, cfg, x, eps, t, r, y)
+    df_dt = time_derivative(f, f_ema, transport, cfg, x, eps, t, r, y)
     target = transition_target(transport, x, eps, t, r, df_dt)
 
     x_t, alignment = interpolate(transport, x, eps, t), torch.zeros_like(t)
@@ -290,22 +291,22 @@ def time_mixture(cfg: Config, shape) -> TimeMixture:
     return TimeMixture(*shares, cfg.time_mean, cfg.time_std, cfg.diffusion_at, shift)
 
 
-def time_derivative(f, transport: Transport, cfg: Config, x, eps, t, r, y):
+def time_derivative(f, f_ema, transport: Transport, cfg: Config, x, eps, t, r, y):
     """df/dt (B, C, H, W) where r < t, and zero for the first samples, with r = t, that need none.
 
-    Along the path of (x, eps) or, for cfg.tangent "network", of the pair that the network itself
-    sees behind x_t. The target is linear in df/dt, so where that pair is the conditional mean, the
-    expectation of the target given x_t is the same (arXiv 2512.02012).
+    Along the path of (x, eps) or, for cfg.tangent "network" or "average", of the pair that the
+    network or its average sees behind x_t. The target is linear in df/dt, so where that pair is the
+    conditional mean, the expectation of the target given x_t is the same (arXiv 2512.02012).
     """
     df_dt = torch.zeros_like(x)
     free = slice(fixed_diffusion(len(x), cfg.share_diffusion), None)
     x, eps, t, r, y = (v[free] for v in (x, eps, t, r, y))
     if not len(x):
         return df_dt
-    if cfg.tangent == "network":
+    if cfg.tangent != "data":
         with torch.no_grad():
-            x_t = interpolate(transport, x, eps, t)
-            x, eps = solve(transport, x_t, f(x_t, t, t, y), t)
+            x_t, seen = interpolate(transport, x, eps, t), f if cfg.tangent == "network" else f_ema
+            x, eps = solve(transport, x_t, seen(x_t, t, t, y), t)
     if cfg.derivative == "jvp":
         df_dt[free] = exact_derivative(f, transport, x, eps, t, r, y)
     else:

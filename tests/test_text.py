@@ -70,7 +70,7 @@ def test_a_picture_does_not_depend_on_its_batch_mates(masked):
         assert gap < 1e-4 if masked or i == 2 else gap > 1e-3, (masked, prompt)
 
 
-@pytest.mark.parametrize("tangent", ["data", "network"])
+@pytest.mark.parametrize("tangent", ["data", "network", "average"])
 @pytest.mark.parametrize("guide", [1.0, 2.0])
 @pytest.mark.parametrize("drop", [0.0, 1.0])
 def test_a_dropped_caption_is_the_empty_one(drop, guide, tangent):

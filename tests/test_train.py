@@ -45,27 +45,32 @@ def small(predict="f", **changes):
     return cfg, model, data.Batch(torch.randn(8, 2, 4, 4).double(), torch.arange(8) % 3)
 
 
-def objective(cfg, model, batch, rng):
-    f = sample.network_f(model, TRANSPORTS[cfg.transport])
-    return train.objective(f, f, TRANSPORTS[cfg.transport], cfg, batch, rng)
+def objective(cfg, model, batch, rng, average=None):
+    f, f_ema = (sample.network_f(m, TRANSPORTS[cfg.transport]) for m in (model, average or model))
+    return train.objective(f, f_ema, TRANSPORTS[cfg.transport], cfg, batch, rng)
 
 
 @pytest.mark.parametrize("derivative", ["dde", "jvp"])
 @pytest.mark.parametrize(
-    "predict, tangent", [("f", "data"), ("x", "data"), ("f", "network"), ("x", "network")]
+    "predict, tangent",
+    [("f", "data"), ("x", "data"), ("f", "network"), ("x", "network"), ("x", "average")],
 )
 def test_the_objective_is_the_papers_equation(derivative, predict, tangent):
     """The loss against Eq. 9 written out for the linear path, with df/dt by autograd in float64."""
     switches = {"derivative": derivative, "tangent": tangent, "adaptive": False, "cosine": False}
     cfg, model, batch = small(predict, transport="otfm", **switches)
     cfg = replace(cfg, drop=0.0, h=1e-4)
-    loss, raw, t, r, _ = objective(cfg, model, batch, data.rng(1))
+    average = small(predict)[1]
+    with torch.no_grad():
+        for p in average.parameters():
+            p *= 1.3
+    loss, raw, t, r, _ = objective(cfg, model, batch, data.rng(1), average)
     rng, x, y = data.rng(1), batch.x, batch.y
     torch.rand(8, generator=rng), torch.randn(2, 8, generator=rng), torch.rand(8, generator=rng)
     eps = torch.randn(x.shape, generator=rng)
     column = lambda t: t[:, None, None, None]
 
-    def f(x_t, t, r):
+    def f(x_t, t, r, model=model):
         out = model(x_t, t, r, y)
         if predict == "f":
             return out
@@ -74,8 +79,8 @@ def test_the_objective_is_the_papers_equation(derivative, predict, tangent):
 
     x_t = column(1 - t) * x + column(t) * eps
     slope = eps - x  # dx_t/dt of the pair
-    if tangent == "network":
-        slope = f(x_t, t, t).detach()
+    if tangent != "data":
+        slope = f(x_t, t, t, model if tangent == "network" else average).detach()
     with sdpa_kernel(SDPBackend.MATH):
         out, df_dt = torch.func.jvp(
             lambda s: f(x_t + column(s - t) * slope, s, r), (t.double(),), (torch.ones(8).double(),)
@@ -268,6 +273,7 @@ BOTH = [
 ]
 SHARDED = {
     "dde": BOTH,
+    "average": [*BOTH, "--tangent", "average", "--guide_cond", 0],
     "jvp": [*BOTH, "--derivative", "jvp"],
     "captions dde": [*BOTH, "--classes", 0, "--transport", "otfm"],
     "captions jvp": [*BOTH, "--classes", 0, "--derivative", "jvp", "--transport", "trigflow"],
@@ -320,11 +326,12 @@ def test_each_switch_changes_the_walk_and_none_the_first_loss_at_rest(tmp_path):
         "--tangent network",
         "--predict x",
         "--predict x --tangent network",
+        "--predict x --tangent average",
     ):
         run = train_here(tmp_path / flags.strip("-"), *flags.split(), "--steps", 3, "--guide_gt", 1)
         seen[flags] = list(losses(run).values())
     assert seen["--tangent data"][0] == seen["--tangent network"][0]
-    assert len({values[2] for values in seen.values()}) == 4
+    assert len({values[2] for values in seen.values()}) == 5
 
 
 def test_bad_input_stops_every_rank(two_ranks):
