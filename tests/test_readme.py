@@ -107,7 +107,7 @@ def test_arms_of_an_experiment_are_configurations(heading, column):
     base = blocks(PRESENT.split(heading + "\n")[1], "bash")[0].splitlines()[0].split()
     arms = [row[column].strip("`") for row in table_rows(PRESENT, heading)]
     found = [train.parse_config([*base[2:], *shlex.split(arm)])[0] for arm in arms]
-    assert len(set(found)) == len(arms) == 11
+    assert len(set(found)) == len(arms) == (11 if column == 1 else 10)
 
 
 def test_flags_exist(capsys):
