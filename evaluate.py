@@ -20,7 +20,7 @@ import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -110,11 +110,13 @@ class Pictures(torch.utils.data.Dataset):
 
     def __init__(self, name: str, items: list, side: int | None = None, read=Image.open, stamp=""):
         self.name, self.items, self.side, self.read, self.stamp = name, items, side, read, stamp
-        stats = [
-            (str(item), item.stat().st_size, item.stat().st_mtime_ns)
-            if isinstance(item, Path) else item for item in items
-        ]  # fmt: skip
-        self.key = f"{Path(name).stem}_{digest(name, stats, side, stamp)}"
+
+    @cached_property
+    def key(self) -> str:
+        known = self.items
+        if self.read is Image.open:
+            known = [(str(f), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in known]
+        return f"{Path(self.name).stem}_{digest(self.name, known, self.side, self.stamp)}"
 
     def part(self, indices) -> "Pictures":
         items = [self.items[i] for i in indices]

@@ -305,8 +305,8 @@ def time_derivative(f, f_ema, transport: Transport, cfg: Config, x, eps, t, r, y
         return df_dt
     if cfg.tangent != "data":
         with torch.no_grad():
-            x_t, seen = interpolate(transport, x, eps, t), f if cfg.tangent == "network" else f_ema
-            x, eps = solve(transport, x_t, seen(x_t, t, t, y), t)
+            x_t, own = interpolate(transport, x, eps, t), f if cfg.tangent == "network" else f_ema
+            x, eps = solve(transport, x_t, own(x_t, t, t, y), t)
     if cfg.derivative == "jvp":
         df_dt[free] = exact_derivative(f, transport, x, eps, t, r, y)
     else:
@@ -701,9 +701,9 @@ def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) 
             shape, names = (cfg.replicate, world_size // cfg.replicate), ("replicate", "shard")
         mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
     else:
-        for network in (model.to(device), ema.to(device)):
+        for part in (model.to(device), ema.to(device)):
             if dtype == torch.bfloat16:
-                lower_precision(network, masters=True)
+                lower_precision(part, masters=True)
     model, ema = shard(model, mesh, cfg, dtype), shard(ema, mesh, cfg, dtype)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6,
@@ -781,10 +781,10 @@ def dry_run(cfg: Config, world_size: int) -> None:
     print(f"{cfg.steps:,} updates x {cfg.batch} = {images:,} images{epochs}")
     print(f"{world_size} ranks, {depth} blocks in {shards} shards, {share} images a micro-batch")
     alone = world_size == 1  # then only what is cast to bf16 is there twice
-    whole = sum(p.nbytes for p in model.parameters() if not alone or p.dtype == torch.bfloat16)
+    gathered = sum(p.nbytes for p in model.parameters() if not alone or p.dtype == torch.bfloat16)
     gradients = 4 * n / (shards if cfg.accumulate == 1 else 1)  # whole until they are summed
     sizes = {"weights": 4 * n / shards, "gradients": gradients, "optimizer": 8 * n / shards,
-             "average": 4 * n / shards, "gathered": whole, "activations": activations}
+             "average": 4 * n / shards, "gathered": gathered, "activations": activations}
     for name, size in (sizes | {"total": sum(sizes.values())}).items():
         print(f"  {name:16} {size / 2**30:8.3f} GiB a rank")
 
