@@ -45,20 +45,19 @@ TORCHVISION = {"fashion": "FashionMNIST", "mnist": "MNIST"}
 TORCHVISION |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-AUTOENCODERS = {  # name: path on the model hub, latent channels, scale of network space
-    "sd-vae": ("stabilityai/sd-vae-ft-ema", 4, 0.18215),
-    "dc-ae": ("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", 32, 0.41407),
+AUTOENCODERS = {  # name: path on the model hub, scale of network space
+    "sd-vae": ("stabilityai/sd-vae-ft-ema", 0.18215),
+    "dc-ae": ("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", 0.41407),
 }
-BY_CHANNELS = {channels: (name, scale) for name, (_, channels, scale) in AUTOENCODERS.items()}
-FACTORS = {"sd-vae": 8, "dc-ae": 32}  # pixels per latent position and side
+BY_CHANNELS = {4: ("sd-vae", 8), 32: ("dc-ae", 32)}  # and pixels per latent position and side
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its channels
 CACHE = 2**30  # bytes of cropped pictures that a process keeps in memory
 TILED = 1024**2  # pixels of a picture above which it is decoded in tiles
 GEMMA = "google/gemma-3-1b-it"  # the text encoder of the released weights
 BYTES = {"encoder": "bytes", "length": 64, "width": 128}  # the text encoder that needs no download
-TABLE = 4096  # up to so many captions are encoded once and kept on the device
-QUANTILES = torch.special.ndtri((torch.arange(65536, dtype=torch.float64) + 0.5) / 65536)
-NORMAL = QUANTILES.float().numpy()  # indexed by 16 random bits it gives a normal number
+TABLE = 4096  # up to this many captions are encoded once and kept on the device
+# indexed by 16 random bits it gives a normal number
+NORMAL = torch.special.ndtri((torch.arange(65536).double() + 0.5) / 65536).float().numpy()
 
 
 # --- Errors, arguments, processes, files ----------------------------------------------------------
@@ -112,9 +111,9 @@ def number(kind, low, high, rule: str):
     return parse
 
 
-LARGEST = sys.float_info.max
-positive_int = number(int, 1, LARGEST, "a whole number, at least 1")
-natural = number(int, 0, LARGEST, "a whole number, at least 0")
+LARGEST, LARGEST_INT = sys.float_info.max, 2**63 - 1
+positive_int = number(int, 1, LARGEST_INT, "a whole number, at least 1")
+natural = number(int, 0, LARGEST_INT, "a whole number, at least 0 and below 2^63")
 positive_float = number(float, math.ulp(0), LARGEST, "a finite number above 0")
 non_negative_float = number(float, 0, LARGEST, "a finite number, at least 0")
 share = number(float, 0, 1, "a number from 0 to 1")
@@ -126,7 +125,7 @@ def flag(default, text: str, kind=None, **how):
 
 
 def add_flags(parser, record, groups=None) -> None:
-    """A flag per field of a record, whose values are the defaults; without a flag, none is parsed.
+    """A flag per field of a record, whose values are the defaults; what is not given is not in the result.
 
     groups  {first field: title} of the parts of --help
     """
@@ -149,7 +148,8 @@ def add_flags(parser, record, groups=None) -> None:
 
 
 def rng(*key: int, device="cpu") -> torch.Generator:
-    """A generator that is a function of the key alone, e.g. (seed, step, slot) or (seed, index)."""
+    """A generator that is a function of the key alone, e.g. (seed, index). Zeros at its end count for
+    nothing: (0, 5, 0) is (0, 5)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
@@ -165,7 +165,7 @@ def open_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if cuda else "cpu"
         if mps and not cuda:
-            warn("note: auto takes the CPU, --device mps is there but was never measured")
+            say("note: auto takes the CPU; --device mps is not yet measured", sys.stderr)
     kind, _, index = name.partition(":")
     index = index or os.environ.get("LOCAL_RANK", "0")
     available = kind == "cpu" or (kind == "cuda" and cuda) or (kind == "mps" and mps)
@@ -186,10 +186,10 @@ def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
     return torch.bfloat16 if asked == "bf16" else torch.float32
 
 
-def warn(message: str) -> None:
-    """A line on stderr, from the first process only."""
+def say(message: str, stream=None) -> None:
+    """A line on stdout or another stream, from the first process only."""
     if ranks()[0] == 0:
-        print(message, file=sys.stderr)
+        print(message, file=stream, flush=True)
 
 
 def in_threads(function, jobs, threads: int, ahead: int = 0):
@@ -303,7 +303,7 @@ def decoder(file):
 def open_picture(file, upright: bool = False) -> Image.Image:
     """A path or binary stream as an RGB picture; transparency is composited on white.
 
-    upright  turned as its EXIF says; sets of squares ignore EXIF, as ADM does.
+    upright  turned as its EXIF says; `encode` of squares ignores EXIF, as ADM does.
     raises   ValueError if it cannot be decoded.
     """
     with decoder(file) as picture:
@@ -388,7 +388,7 @@ def read_captions(raw: bytes, file: str) -> dict[str, list[str]]:
     why = faults[0].strip() if faults else "it is empty"
     require(found, f"{file}: no line has the form {example}; {why}")
     if faults:
-        warn("\n".join([f"{file}: {len(faults)} broken lines are skipped", *faults[:20]]))
+        say("\n".join([f"{file}: {len(faults)} broken lines are skipped", *faults[:20]]), sys.stderr)
     return found
 
 
@@ -401,7 +401,7 @@ def read_sidecar(entry: Entry) -> str:
         return ""
 
 
-def find_captions(files: list[Entry], pictures: list[Entry]) -> dict[str, list[str]]:
+def find_captions(root, files: list[Entry], pictures: list[Entry]) -> dict[str, list[str]]:
     """{picture: captions}, of the first source that exists: captions.jsonl, metadata.jsonl (names
     are relative to its folder), texts beside the pictures, NAME.txt or else NAME.json."""
     for title in ("captions.jsonl", "metadata.jsonl"):
@@ -423,7 +423,7 @@ def find_captions(files: list[Entry], pictures: list[Entry]) -> dict[str, list[s
             found[names[os.path.splitext(file.name)[0]]] = [text]
     rule = f"texts lie beside {len(found)} of {len(pictures)} pictures, too few for captions"
     few = 0 < len(found) < len(pictures) / 2
-    require(not few, f"{files[0].file}: {rule}; remove them, or the pictures without one")
+    require(not few, f"{root}: {rule}; remove them, or the pictures without one")
     return found
 
 
@@ -441,18 +441,19 @@ def find_pictures(root) -> Found:
     files = list_files(root)
     pictures = [f for f in files if os.path.splitext(f.name)[1].lower() in PICTURES]
     require(pictures, f"{root}: no pictures; expected a folder of them per class, or captions")
-    texts = find_captions(files, pictures)
+    texts = find_captions(root, files, pictures)
     if not texts:
         return Found(pictures, *label_pictures(root, pictures), [])
     kept = [p for p in pictures if p.name in texts]
     without = len(pictures) - len(kept)
     if without:
-        warn(f"{root}: {without} of {len(pictures)} pictures have no text and are left out")
+        say(f"{root}: {without} of {len(pictures)} pictures have no text, left out", sys.stderr)
     return Found(kept, [], np.arange(len(kept)), [texts[p.name] for p in kept])
 
 
 class Captions:
-    """Captions by number, one or several per picture; the number `null` is the empty caption."""
+    """Captions by number, one or several per picture. `null`, the number after the last, is that of
+    the empty caption, and so how many there are."""
 
     def __init__(self, lists):
         self.texts = [text for texts in lists for text in texts]
@@ -499,13 +500,10 @@ class DataSpec:
 
     @staticmethod
     def from_json(record: dict) -> "DataSpec":
-        """Also reads the records of first-edition checkpoints."""
         values = {f.name: record[f.name] for f in fields(DataSpec) if f.name in record}
         for key in ("shape", "classes", "prompts"):
             values[key] = tuple(values.get(key, ()))
         values["buckets"] = tuple(tuple(size) for size in values.get("buckets", ()))
-        if values["kind"] == "latents" and "factor" not in values:
-            values["factor"] = FACTORS.get(values.get("autoencoder"), 1)
         return DataSpec(**values)
 
 
@@ -530,7 +528,7 @@ class DataSet:
     labels: np.ndarray                                  # (n,) int64, class or number of the picture
     load: Callable                                      # (indices, rng) -> x, features, indices read
     captions: Captions | None = None
-    names: list[str] | None = None                      # of its parts, for the fingerprint
+    contents: list[str] | None = None                   # names or digests, for the fingerprint
     buckets: list[range] | None = None                  # indices that can be read together
     features_shape: tuple[int, int] | None = None       # (N, F)
 
@@ -563,7 +561,7 @@ class DataSet:
         """16 hex digits of what the set holds, wherever it lies: labels, captions, and pixels, digests
         of shards or, of pictures in files, their names."""
         captions = self.captions.digest() if self.captions is not None else ""
-        record = json.dumps([self.names, self.spec.classes, captions])
+        record = json.dumps([self.contents, self.spec.classes, captions])
         return hashlib.sha256(record.encode() + self.labels.tobytes()).hexdigest()[:16]
 
 
@@ -586,7 +584,7 @@ class PictureFiles:
             if k in self.broken:
                 continue
             entry = self.entries[k]
-            picture, why = open_cropped(entry, (self.side, self.side))
+            picture, why = open_cropped(entry, (self.side, self.side), upright=True)
             if not why:
                 if (len(self.cache) + 1) * picture.nbytes <= CACHE:
                     self.cache[k] = picture
@@ -674,8 +672,8 @@ def open_folder(root: Path, side: int, mirror: bool | None) -> DataSet:
     spec = pixel_spec(some, found.classes)
     captions = Captions(found.captions) if found.captions else None
     mirror = not captions if mirror is None else mirror
-    load, names = partial(load_pixels, files.take, spec, mirror), [p.name for p in found.pictures]
-    return DataSet(spec, found.labels, load, captions, names)
+    load = partial(load_pixels, files.take, spec, mirror)
+    return DataSet(spec, found.labels, load, captions, [p.name for p in found.pictures])
 
 
 def open_shard(path):
@@ -726,7 +724,8 @@ def open_latents(folder: Path, want_features: bool, mirror: bool | None) -> Data
     for shape, start, end in zip(latents.shapes, starts, starts[1:]):
         if end > start:
             size = tuple(shape[-2:])
-            buckets[size] = range(buckets.get(size, range(start, end)).start, end)
+            first = buckets[size].start if size in buckets else start
+            buckets[size] = range(first, end)
     meta["buckets"] = list(buckets) if "buckets" in meta else []
     spec, captions, features, features_shape = DataSpec.from_json(meta), None, None, None
     if not spec.classes:
@@ -740,10 +739,10 @@ def open_latents(folder: Path, want_features: bool, mirror: bool | None) -> Data
         same = np.array_equal(features.starts, latents.starts)
         require(same, f"{folder}: features of other pictures; delete features_* and encode again")
         features_shape = tuple(features.shapes[0][2:])
-    names = [shard.get("sha256", shard["file"]) for shard in meta["shards"]]
+    contents = [shard.get("sha256", shard["file"]) for shard in meta["shards"]]
     mirror = bool(spec.classes) if mirror is None else mirror
     load, ranges = partial(load_latents, latents, features, spec, mirror), list(buckets.values())
-    return DataSet(spec, latents.labels, load, captions, names, ranges, features_shape)
+    return DataSet(spec, latents.labels, load, captions, contents, ranges, features_shape)
 
 
 def random_data(shape, classes: int) -> DataSet:
@@ -784,6 +783,7 @@ def open_data(path: str, side=0, features=False, mirror: bool | None = None) -> 
         names = ", ".join(["demo", "emoji", *TORCHVISION])
         require(folder.exists(), f"--data {path}: no such folder; give a folder or one of {names}")
         data = open_folder(folder, side or 64, mirror)
+    require(len(data), f"--data {path}: no picture of it could be opened; encode others")
     n, last = len(data.spec.classes), data.labels.max()
     require(not n or last < n, f"--data {path}: label {last} beyond the {n} classes; encode it again")
     require(not features or data.features_shape, f"--data {path} has no features; encode --features")
@@ -809,7 +809,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def positions(n: int, batch: int, seed: int, step: int, slot: int, of: int) -> np.ndarray:
+def picture_indices(n: int, batch: int, seed: int, step: int, slot: int, of: int) -> np.ndarray:
     """Indices for slot `slot` of `of` at `step`: all n once an epoch, in a new order each time."""
     numbers = range((step * of + slot) * batch, (step * of + slot + 1) * batch)
     return np.array([epoch_order(n, seed, k // n)[k % n] for k in numbers])
@@ -845,11 +845,11 @@ def batches(data: DataSet, batch: int, seed: int, slots: list[int], of: int, sta
     def read(place):
         step, slot = place
         if not sizes:
-            indices = positions(len(data), batch, seed, step, slot, of)
+            indices = picture_indices(len(data), batch, seed, step, slot, of)
             return data.read(indices, np.random.default_rng((seed, step, slot)))
         number = step * of + slot
         indices = epoch_batches(buckets, sizes, seed, number // per_epoch)[number % per_epoch]
-        return data.read(indices, np.random.default_rng((seed, number, 0)))
+        return data.read(indices, np.random.default_rng((seed, number)))
 
     return in_threads(read, ((step, slot) for step in count(start) for slot in slots), 4, ahead=4)
 
@@ -946,7 +946,7 @@ def load_text_encoder(name: str, device="cpu", length: int = 256, pad_to_length:
 
 
 class Texts:
-    """Caption numbers (B,) int64 -> features (B, L, F), mask (B, L) bool.
+    """A table of encoded captions: numbers (B,) int64 -> features (B, L, F), mask (B, L) bool.
 
     Up to TABLE captions are encoded once, here; of more, `fetch` encodes those of a coming batch.
     multiple  L is a multiple of it: compiled code wants few different lengths.
@@ -986,7 +986,7 @@ def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
     """An autoencoder, its pixels per latent position and side, and its part of a spec: latents z
     are (z - shift) * scale in network space."""
     local = os.path.abspath(name) if os.path.isdir(name) else name
-    path, _, scale = AUTOENCODERS.get(name, (local, 0, 0.0))
+    path, scale = AUTOENCODERS.get(name, (local, 0.0))
     vae = load_network("diffusers", f"--autoencoder {name}", path, device, dtype)
     factor = getattr(vae, "spatial_compression_ratio", 0)
     factor = factor or 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -1014,7 +1014,7 @@ def encode_picture(path, spec: DataSpec, device, autoencoder: str | None = None)
     channels, height, width = spec.shape
     require(spec.kind != "random", f"{path}: a network that was trained on noise reads no pictures")
     with explain(ValueError, f"{path}: not a picture that opens", "give another"):
-        picture = open_picture(path)
+        picture = open_picture(path, upright=True)
     if spec.kind == "pixels":
         picture = picture.convert("L").convert("RGB") if channels == 1 else picture
         x = torch.from_numpy(crop(picture, height, width)[None, :channels])
@@ -1253,7 +1253,7 @@ def encode_shard(cfg: EncodeConfig, kind: str, make, size, pictures: list) -> tu
                 x.append(picture)
                 labels.append(label)
         made = make(torch.from_numpy(np.stack(x or [np.zeros((3, *size), np.uint8)])))
-        parts.append(made[: len(x)].cpu().numpy())      # of no pictures, the shape counts
+        parts.append(made[: len(x)].cpu().numpy())      # without pictures, empty of that shape
         rule = f"{kind} of {pictures[k][0].name} and after overflow float16; use another encoder"
         require(np.isfinite(parts[-1]).all(), rule)
     tensor = np.ascontiguousarray(np.concatenate(parts))  # safetensors stores bytes as they lie

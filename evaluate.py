@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -80,16 +80,16 @@ class FidConfig:
     """The flags of `fid`."""
 
     reference: str = flag("", f"folder of pictures, .npz, or {', '.join(SETS)}", required=True)
-    reference_num: int | None = flag(None, "use so many of its pictures", INTEGER)
+    reference_num: int | None = flag(None, "use this many of its pictures", INTEGER)
     images: str = flag("", "score this folder of pictures instead of a network")
     checkpoint: tuple = flag((), "default: the newest run", Path, nargs="+")
     num: int | None = flag(None, "pictures (default: 50000, or all of --images)", INTEGER)
     steps: tuple = flag((1, 2, 4, 8, 16, 32, 64, 128), "numbers of steps", INTEGER, nargs="+")
     guidance: tuple | None = flag(None, "default: the checkpoint's", FINITE, nargs="+")
-    interval: tuple | None = flag(None, "guide at these fractions of the times (default: so, too)",
+    interval: tuple | None = flag(None, "guide at these fractions of the times (default: the checkpoint's)",
         data.share, nargs=2, metavar=("LOW", "HIGH"))
     strict_interval: bool | None = flag(None, "without its ends")
-    stochastic: float | None = flag(None, "share of noise renewed per step", data.non_negative_float)
+    stochastic: float | None = flag(None, "noise added per step, see sample.py", data.non_negative_float)
     precision: str = flag("auto", "of attention, MLP", choices=("auto", "fp32", "bf16"))
     autoencoder: str | None = flag(None, "folder or hub name (default: the checkpoint's)", str)
     side: int | None = flag(None, "crop pictures of --images and --reference to this", INTEGER)
@@ -129,7 +129,7 @@ class Pictures(torch.utils.data.Dataset):
         from torchvision.transforms import functional as vision
 
         with explain(Exception, f"{self.items[i]}: not a whole picture", "remove it"):
-            picture = self.read(self.items[i]).convert("RGB")
+            picture = ImageOps.exif_transpose(self.read(self.items[i])).convert("RGB")
         if self.side:
             picture = vision.center_crop(vision.resize(picture, self.side), self.side)
         return vision.pil_to_tensor(picture)
@@ -304,9 +304,9 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
     add = None
     if world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # scoring takes its time
-    for path, strength in itertools.product(paths, cfg.guidance or [None]):
+    for path, guidance in itertools.product(paths, cfg.guidance or [None]):
         sampler = sample.open_sampler(
-            path, device, cfg.precision, autoencoder=cfg.autoencoder, guidance=strength,
+            path, device, cfg.precision, autoencoder=cfg.autoencoder, guidance=guidance,
             interval=cfg.interval, strict=cfg.strict_interval, stochastic=cfg.stochastic,
         )  # fmt: skip
         way = "draw with sample.py --prompts_file FILE -n N, then fid --images"
@@ -530,16 +530,16 @@ def open_setting(cfg: train.Config, device: torch.device, dtype: torch.dtype) ->
 
         texts = data.Texts(source.captions, encode, device)
         spec = replace(spec, text={"width": width})
-    cfg = train.fit(replace(cfg, align=0.0), spec, device)
+    cfg = train.fill_in(replace(cfg, align=0.0), spec, device)
     batch = next(data.batches(source, cfg.batch, cfg.seed, [0], 1, patch=cfg.patch)).to(device)
     if texts:
         texts.fetch(batch.y)
-    cfg = replace(cfg, h=train.difference_width(cfg, dtype))
+    cfg = replace(cfg, h=train.half_width(cfg, dtype))
     return cfg, train.network_arguments(cfg, spec), batch, texts
 
 
 def speed(cfg: train.Config, sampling_steps: list[int], seconds: float) -> None:
-    """Time of updates, of df/dt and of sampling, each measured for about so many seconds."""
+    """Time of updates, of df/dt and of sampling, each measured for about `seconds`."""
     device = data.open_device(cfg.device)
     dtype = data.pick_dtype(device, cfg.precision)
     cfg, network, batch, texts = open_setting(cfg, device, dtype)
@@ -615,7 +615,7 @@ def parse_arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
 
     add = with_shared("clip", help="CLIP score of pictures and their captions").add_argument
     add("--images", type=Path, required=True, help="folder with captions.jsonl")
-    add("-n", "--num", help="only the first so many", type=INTEGER)
+    add("-n", "--num", help="only the first N", type=INTEGER)
     add("--model", default="openai/clip-vit-large-patch14", help="default %(default)s")
 
     text = "updates, df/dt and sampling; takes the flags of train.py, too"

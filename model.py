@@ -24,15 +24,14 @@ SIZES = {  # adaln: hidden width of each block's modulation
     "S": dict(depth=12, width=384, heads=6, adaln=128),
     "B": dict(depth=12, width=768, heads=12, adaln=256),
     "L": dict(depth=24, width=1024, heads=16, adaln=344),
-    "XL": dict(depth=28, width=1152, heads=16, adaln=384),  # flash kernels pad its heads of 72
-    "XL64": dict(depth=28, width=1152, heads=18, adaln=384),
+    "XL": dict(depth=28, width=1152, heads=16, adaln=384),
 }
 
 
 def unpack(x):
     """x and its tangent where forward-mode autodiff runs without gradients; else x and None."""
-    by_torch = torch.compiler.is_compiling() or torch.is_grad_enabled()
-    return (x, None) if by_torch else forward_ad.unpack_dual(x)
+    plain = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    return (x, None) if plain else forward_ad.unpack_dual(x)
 
 
 class Linear(nn.Linear):
@@ -47,7 +46,7 @@ class Linear(nn.Linear):
         out = F.linear(x, weight, bias)
         if dx is None:
             return out
-        return forward_ad.make_dual(out, F.linear(dx, weight))        # torch adds a product by zero
+        return forward_ad.make_dual(out, F.linear(dx, weight))        # torch adds x times 0
 
 
 class HeadNorm(nn.LayerNorm):
@@ -106,7 +105,7 @@ class PatchEmbedder(nn.Module):
 
 
 class TimeEmbedder(nn.Module):
-    """256 sinusoids of a time as it is (not times 1000), then an MLP. (B,) -> (B, D)."""
+    """256 sinusoids of a time, not multiplied by 1000, then an MLP. (B,) -> (B, D)."""
 
     def __init__(self, width):
         super().__init__()
@@ -148,7 +147,7 @@ def rope_table(h, w, head, theta, layout, device):
     The first half of the head turns with the column, the second with the row, each pair of numbers
     at its own rate theta^(-2k / (K/2)). layout "grid": token n is at column n mod w, row n div w.
     "released": n mod h and n div h, as the released weights were trained; differs off squares only.
-    Worked out in float64 on the CPU: some devices have no float64.
+    Computed in float64 on the CPU: some devices have no float64.
     """
     side = w if layout == "grid" else h
     index = torch.arange(h * w, dtype=torch.float64)
@@ -252,7 +251,7 @@ class TiM(nn.Module):
 
     channels, patch          C and p; heights and widths must be multiples of p
     depth, width, heads      of the transformer; adaln: hidden width of each block's modulation
-    classes | caption        class-conditional with so many classes, or width of features of text
+    classes | caption        class-conditional with this many classes, or width of features of text
     predict                  what the output is read as, the paper's "f" or "x": `sample.network_f`
     shared_time              ablation: one time encoder for t and t - r
     interval_attention       False is the ablation without W_d

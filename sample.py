@@ -42,7 +42,7 @@ NO_CONDITION = -1  # stands for no class and no text where a condition is a numb
 
 def save(path: Path, state: dict[str, Tensor], config: dict) -> None:
     """One safetensors file of weights, with their configuration as metadata; whole or absent."""
-    aside = path.with_name(f"{path.name}.tmp")
+    aside = data.aside(path)
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     with explain(Exception, f"{path}: cannot be written", "choose another folder"):
         save_file(state, aside, metadata={"tim": json.dumps(config)})
@@ -71,16 +71,16 @@ def load(path, device="cpu") -> tuple[TiM, Transport, dict]:
 
 
 def checkpoint_file(path) -> Path:
-    """The file of a run folder, a file as it is, or else OWNER/REPO/FILE from the hub."""
+    """The file of a run folder, a file itself, or else OWNER/REPO/FILE from the hub."""
     file = Path(path, "ema.safetensors") if Path(path).is_dir() else Path(path)
     on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)/(.+\.(?:safetensors|bin|pt|pth))", str(path))
     if on_hub and not file.is_file() and not file.parent.is_dir():
         way = "pip install huggingface_hub, or download it and give its path"
-        with explain(Exception, f"--checkpoint {path}: not here, nor on the hub", way):
+        with explain(Exception, f"{path}: not here, nor on the hub", way):
             from huggingface_hub import hf_hub_download
 
             return Path(hf_hub_download(*on_hub.groups()))
-    require(file.is_file(), f"--checkpoint {path}: there is no {file}; run train.py, or fix the path")
+    require(file.is_file(), f"{path}: there is no file {file}; run train.py, or fix the path")
     return file
 
 
@@ -131,10 +131,10 @@ def recognise(state: dict[str, Tensor], file) -> dict:
     else:
         model["classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
         classes = tuple(str(i) for i in range(model["classes"]))
-    name, scale = data.BY_CHANNELS.get(channels, ("", 1.0))
+    name, factor = data.BY_CHANNELS.get(channels, ("", 1))
     spec = DataSpec(
         "latents", (channels, side, side), classes=classes, text=text, autoencoder=name,
-        scale=scale, factor=data.FACTORS.get(name, 1),
+        scale=data.AUTOENCODERS.get(name, ("", 1.0))[1], factor=factor,
     )  # fmt: skip
     train = {
         "transport": "otfm", "drop": 0.1, "guidance": guidance, "guidance_low": 0.0,
@@ -216,8 +216,9 @@ def generate(
                 `interval`, fractions of the transport's range with the ends; `strict`: without
     null        the condition that stands for none; default the no-class row
     shift       of a number of steps, see `shift_times`
-    stochastic  s >= 0, otfm only: share of noise renewed in every step but the first and the last,
-                with noise(k), (B, C, H, W) ~ N(0, I), for step k. Biased below about 50 steps
+    stochastic  s >= 0, otfm only: all steps but the first and the last are Euler-Maruyama steps of
+                the reverse SDE whose noise has variance 2 s t dt; noise(k), (B, C, H, W) ~ N(0, I),
+                is that of step k. Biased below about 50 steps
     local       show the network r = t at every step: for one that was trained on r = t alone
     start       (B or 1, C, H, W) clean: begin with it, noised by z to the first time, for a number
                 of steps the fraction `strength` of the range
@@ -236,10 +237,11 @@ def generate(
         require(model.classes is not None, "a text network is guided by `null`, features of no text")
         null = torch.full_like(y, model.classes)
     f_of = network_f(model, transport)
-    low, high = (transport.t_min + share * (t_max - transport.t_min) for share in interval)
+    low, high = interval
 
     for k, (t, r) in enumerate(zip(times[:-1], times[1:])):
-        guided = guidance != 1 and (low < t < high if strict else low <= t <= high)
+        fraction = round(float((t - transport.t_min) / (t_max - transport.t_min)), 9)
+        guided = guidance != 1 and (low < fraction < high if strict else low <= fraction <= high)
         copies = 2 if guided else 1
         t_seen = t.float().to(x.device).expand(copies * len(x))
         r_seen = t_seen if local else r.float().to(x.device).expand(copies * len(x))
@@ -253,7 +255,7 @@ def generate(
             renewed = float((2 * stochastic * t * (t - r)).sqrt())
             x = x - float(t - r) * (f + stochastic * eps) + renewed * noise(k).to(x)
         else:
-            a, b = step_coefficients(transport, t, r)
+            a, b = step_coefficients(transport, t, r)  # `transition.step`, A and B in float64
             x = float(a) * x + float(b) * f
         if trace is not None:
             trace.append((float(t), float(r), copies))
@@ -309,8 +311,9 @@ class Sampler:
         options = {"shift": shift, "noise": noise, "trace": trace} | self.options
         options |= {"start": self.start, "strength": self.strength}
         known = self.texts.null if self.texts else len(self.spec.classes)
-        valid = all(-1 <= number < known for number in conditions)
-        require(valid, f"conditions {list(conditions)}: numbers from 0 to {known - 1}, or -1 for none")
+        valid = len(conditions) == len(indices) and all(-1 <= k < known for k in conditions)
+        rule = f"one for each index, from 0 to {known - 1}, or -1 for none"
+        require(valid, f"conditions {list(conditions)}: {rule}")
         y = torch.tensor(conditions, device=device)
         if self.texts:
             self.texts.fetch(y)
@@ -395,7 +398,7 @@ def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, f
             writes = []
             for name, pictures in zip(todo, np.split(drawn, len(todo))):
                 picture = pictures[0]
-                if len(pictures) == 4:
+                if len(pictures) == 4:  # four jobs have this file name, of dpg
                     picture = data.grid(pictures.reshape(2, 2, *pictures.shape[1:]), gap=0)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 writes.append(pool.submit(data.write_picture, picture, folder / name))
@@ -483,8 +486,8 @@ def parse_arguments(argv=None):
         "these (default: the checkpoint's)")
     add("--strict_interval", action=on_off, help="without its ends (default: the checkpoint's)")
     add("--stochastic", type=data.non_negative_float,
-        help="renew this share of the noise in each step, otfm only (default 0); biased\n"
-        "below 50 steps: the variance is 11%% too large at 4")
+        help="s of the noise of variance 2 s t (t - r) that each step adds, otfm only (default 0);\n"
+        "biased below 50 steps: the variance is 11%% too large at 4")
     add("--shift", type=data.positive_float,
         help="s of t -> s t / (1 + (s - 1) t) (default: as trained, by the number of tokens)")
     add("--seed", type=data.natural, default=0, help="of the noise (default 0)")
@@ -493,7 +496,8 @@ def parse_arguments(argv=None):
     add("--out", type=Path, help="grid PNG (default samples.png); folder for -n and --bench")
     add("--batch", type=positive, default=100, help="pictures per pass (default 100)")
     add("--image", type=Path, help="start from this picture, noised to --strength")
-    add("--strength", type=data.share, help="fraction of the times to begin at (default 0.6)")
+    add("--strength", type=data.number(float, math.ulp(0), 1, "a number above 0, at most 1"),
+        help="fraction of the times to begin at (default 0.6)")
     add("--size", type=positive, nargs=2, metavar=("H", "W"), help="pixels (default: as trained)")
     add("--autoencoder", help="folder or hub name (default: what the checkpoint names)")
     add("--text_encoder", help="folder or hub name (default: what the checkpoint names)")
@@ -535,7 +539,7 @@ def resized(sampler: Sampler, size: list[int]) -> DataSpec:
 
 def main(argv=None):
     a = parse_arguments(argv)
-    path, device, first = a.checkpoint or newest(), data.open_device(a.device), data.ranks()[0] == 0
+    path, device = a.checkpoint or newest(), data.open_device(a.device)
     if a.export:
         require(a.export.suffix == ".safetensors", f"--export {a.export}: name a .safetensors file")
         model, _, config = load(path)
@@ -562,9 +566,10 @@ def main(argv=None):
         sampler.strength = 0.6 if a.strength is None else a.strength
         sampler.record |= {"image": data.digest_file(a.image), "strength": sampler.strength}
     if a.stochastic and min(a.steps) < 50:
-        print(f"note: --stochastic {a.stochastic:g} is biased at few steps (variance +11% at 4)")
+        data.say(f"note: --stochastic {a.stochastic:g} is biased at few steps (variance +11% at 4)")
     step, guidance = sampler.config["step"], sampler.options["guidance"]
-    print(f"{path}: weights of step {step}, guidance {guidance:g}", flush=True)
+    what = "released weights" if step is None else f"weights of step {step}"
+    data.say(f"{path}: {what}, guidance {guidance:g}")
 
     if sampler.texts:
         require(a.classes is None, f"--classes: {path} was trained on texts; give --prompts")
@@ -575,7 +580,7 @@ def main(argv=None):
     if not (a.num or a.bench):
         out = a.out or Path("samples.png")
         draw_grid(sampler, conditions, a.steps, a.seed, out)
-        print(f"{out}: rows of {a.steps} steps, columns {', '.join(names)}")
+        data.say(f"{out}: rows of {a.steps} steps, columns {', '.join(names)}")
         return
     if not a.bench:
         jobs = numbered(a.num, conditions)
@@ -585,12 +590,11 @@ def main(argv=None):
         write_pictures(sampler, jobs, steps, a.seed, a.batch, folder)
         if a.bench == "geneval":
             finish_geneval(folder, metadata)
-        if first and sampler.texts:
+        if sampler.texts and data.ranks()[0] == 0:
             lines = ({"image_file": file, "captions": [names[k]]} for file, _, k in jobs)
             text = "".join(json.dumps(line) + "\n" for line in lines)
             data.write_text(folder / "captions.jsonl", text)
-        if first:
-            print(f"{folder}: {len(jobs)} pictures at {steps} steps")
+        data.say(f"{folder}: {len(jobs)} pictures at {steps} steps")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+    StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 )  # fmt: skip
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -41,7 +41,7 @@ from sample import NO_CONDITION, Sampler, draw_grid, load, network_f, sampling_o
 from transition import (
     KERNELS, TAUS, TRANSPORTS, TimeMixture, Transport, adaptive, cat, check_weight,
     exact_derivative, expand, finite_difference, fixed_diffusion, guided_pair, interpolate,
-    resolution_shift, sample_loss, sample_times, shift_times, solve, time_weight, transition_target,
+    resolution_shift, sample_loss, sample_times, solve, time_weight, transition_target,
 )  # fmt: skip
 
 # --- Configuration --------------------------------------------------------------------------------
@@ -51,7 +51,6 @@ from transition import (
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 POSITIVE, NATURAL = data.positive_int, data.natural
 FLOAT, NOT_NEGATIVE, SHARE = data.positive_float, data.non_negative_float, data.share
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class Config:
         "latents of data.py encode, pictures in a folder per class, or pictures with captions")
     text_encoder: str = flag("bytes", "of captions: bytes, or a folder or hub name of transformers")
     autoencoder: str = flag("", "latents must be of this autoencoder: sd-vae, dc-ae, a folder")
-    mirror: bool | None = flag(None, "mirror pictures at random; default: where there are classes, but\n"
-        "of demo, fashion and mnist")
+    mirror: bool | None = flag(None, "mirror pictures at random; default: where there are classes, except\n"
+        "for demo, fashion and mnist")
     channels: int = flag(0, "channels of the data; 0 = theirs", NATURAL)
     side: int = flag(0, "height and width of the data; 0 = theirs, 64 for folders", NATURAL)
     classes: int = flag(0, "number of classes; 0 = the data's", NATURAL)
@@ -152,7 +151,7 @@ SMALL = Config(
     ema=0.998, decay=0.2, log_every=20,
 )
 PRESETS = {
-    # fp32 on GPUs, too: so small a network is all launches, and bf16 has more of them
+    # fp32 on GPUs, too: a network this small is bound by launches, and bf16 has more of them
     "demo": replace(SMALL, patch=7, steps=3600, batch=64, lr=3e-3, precision="fp32"),
     "emoji": replace(
         SMALL, data="emoji", size="emoji", patch=8, steps=3500, batch=32, lr=1.5e-3,
@@ -192,10 +191,9 @@ def parse_config(argv=None) -> tuple[Config, int]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", choices=PRESETS, default="demo", help="preset (default demo)")
     preset = PRESETS[first.parse_known_args(argv)[0].config]
-    form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__, usage="train.py [--config PRESET] [--FIELD VALUE ...]",
-        allow_abbrev=False, formatter_class=form, parents=[first],
+        description=__doc__, usage="train.py [--config PRESET] [--FIELD VALUE ...]", parents=[first],
+        allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="say what it would take, and stop")
     parser.add_argument("--world_size", type=POSITIVE, default=1, help="of --dry_run (default 1)")
@@ -204,7 +202,7 @@ def parse_config(argv=None) -> tuple[Config, int]:
     name, dry_run, world_size = (given.pop(k) for k in ("config", "dry_run", "world_size"))
     require(dry_run or world_size == 1, "--world_size: only with --dry_run; torchrun sets it")
     if given.get("data", preset.data) != preset.data and not preset.channels:
-        # other data than those that the preset was made for: what depends on them is found anew
+        # other data than the preset's, which fixes no shape: what depends on them is found anew
         known = Path(given["data"]).expanduser().resolve().name
         name = f"{known}_{name}" if known in PRESETS else known or name
         preset = replace(preset, patch=0, batch=0, sample_every=250)
@@ -229,23 +227,26 @@ def check(cfg: Config) -> Config:
     require(cfg.drop or not guides, "guidance in the target needs a dropped condition: --drop 0.1")
     rule = "the guidance that is learned is --guide_gt / (1 - this); below 1"
     require(cfg.guide_cond < 1, f"--guide_cond {cfg.guide_cond:g}: {rule}")
+    for kind in ("guide", "guidance"):
+        low, high = getattr(cfg, f"{kind}_low"), getattr(cfg, f"{kind}_high")
+        require(low <= high, f"--{kind}_low {low:g}: at most --{kind}_high, which is {high:g}")
     plain = "/" not in cfg.name and not cfg.name.startswith(".")
-    require(plain, f"--name {cfg.name}: one folder name, without / or a leading dot")
+    require(plain, f"--name {cfg.name}: one folder name, without / or a leading dot; give another --name")
     installed = not cfg.tensorboard or importlib.util.find_spec("tensorboard")
     require(installed, "--tensorboard needs the package: pip install tensorboard")
     drawn = cfg.time_mean is None and cfg.time_std is None
     rule = f"times of {cfg.transport!r} are uniform or log-uniform and have neither; leave them out"
     require(drawn or transport.mean is not None, f"--time_mean, --time_std: {rule}")
-    try:
-        if cfg.kernel != "constant":
+    unit = (transport.t_min, transport.t_max) == (0, 1)
+    rule = f"needs times in [0, 1], not those of {cfg.transport!r}; use 0"
+    require(unit or not cfg.shift_tokens, f"--shift_tokens {cfg.shift_tokens}: {rule}")
+    if cfg.kernel != "constant":
+        with explain(ValueError, f"--tau {cfg.tau}", "give both flags"):
             check_weight(transport, cfg.tau)
-        shift_times(transport, torch.ones(1), 2.0 if cfg.shift_tokens else 1.0)
-    except ValueError as error:
-        raise UserError(f"--tau {cfg.tau}, --shift_tokens {cfg.shift_tokens}: {error}") from error
     return cfg
 
 
-def difference_width(cfg: Config, dtype: torch.dtype) -> float:
+def half_width(cfg: Config, dtype: torch.dtype) -> float:
     """h of the finite difference: truncation wants a small one, rounding in bf16 a larger one."""
     return cfg.h or (0.01 if dtype == torch.bfloat16 else 0.001)
 
@@ -258,7 +259,7 @@ def objective(f, f_ema, transport: Transport, cfg: Config, batch: data.Batch, rn
 
     f, f_ema  the network and its average as (x_t, t, r, y) -> f, see `sample.network_f`
     batch     x (B, C, H, W) of unit variance, y (B,) classes or numbers of captions, features
-    rng       owns all chance; cfg.h is the width of the difference
+    rng       the only source of randomness; cfg.h is half the width of the difference
     returns   the loss to descend (0-d), and for the log raw loss, t, r and alignment, (B,) each
     """
     x, shape = batch.x, batch.x.shape
@@ -299,8 +300,8 @@ def time_derivative(f, f_ema, transport: Transport, cfg: Config, x, eps, t, r, y
     conditional mean, the expectation of the target given x_t is the same (arXiv 2512.02012).
     """
     df_dt = torch.zeros_like(x)
-    free = slice(fixed_diffusion(len(x), cfg.share_diffusion), None)
-    x, eps, t, r, y = (v[free] for v in (x, eps, t, r, y))
+    moving = slice(fixed_diffusion(len(x), cfg.share_diffusion), None)  # see `sample_times`
+    x, eps, t, r, y = (v[moving] for v in (x, eps, t, r, y))
     if not len(x):
         return df_dt
     if cfg.tangent != "data":
@@ -308,9 +309,9 @@ def time_derivative(f, f_ema, transport: Transport, cfg: Config, x, eps, t, r, y
             x_t, own = interpolate(transport, x, eps, t), f if cfg.tangent == "network" else f_ema
             x, eps = solve(transport, x_t, own(x_t, t, t, y), t)
     if cfg.derivative == "jvp":
-        df_dt[free] = exact_derivative(f, transport, x, eps, t, r, y)
+        df_dt[moving] = exact_derivative(f, transport, x, eps, t, r, y)
     else:
-        df_dt[free] = finite_difference(f, transport, x, eps, t, r, y, cfg.h)
+        df_dt[moving] = finite_difference(f, transport, x, eps, t, r, y, cfg.h)
     return df_dt
 
 
@@ -338,8 +339,8 @@ class Networks(NamedTuple):
 def train_step(networks: Networks, transport, cfg: Config, step: int, batches, texts=None):
     """One update, without a host sync. batches: a data.Batch per micro-batch of this rank.
 
-    Chance is a function of (seed, step, slot), slot = rank * accumulate + k: two ranks of one slot
-    and one rank of two draw the same. Returns the gradient norm (0-d), and of this rank's pictures
+    All draws are a function of (seed, step, slot), slot = rank * accumulate + k: two ranks of one
+    slot and one rank of two draw the same. Returns the gradient norm (0-d), and of this rank's pictures
     raw loss, t, r and alignment.
     """
     model, ema, optimizer = networks
@@ -350,7 +351,7 @@ def train_step(networks: Networks, transport, cfg: Config, step: int, batches, t
             model.set_requires_gradient_sync(k + 1 == len(batches))
             model.set_reshard_after_backward(k + 1 == len(batches))
         slot = data.ranks()[0] * len(batches) + k
-        rng = data.rng(cfg.seed, step, slot, 1, device=batch.x.device)
+        rng = data.rng(cfg.seed, step, slot, 1, device=batch.x.device)  # 1: not a key of sampling
         loss, *parts = objective(f, f_ema, transport, cfg, batch, rng)
         (loss / len(batches)).backward()
         seen.append(parts)
@@ -395,27 +396,29 @@ def connect(device: torch.device) -> None:
         dist.init_process_group(backend)
 
 
-def shard(model, mesh, cfg: Config, dtype: torch.dtype):
-    """FSDP2, a unit per block: fp32 master weights and reduction, attention and MLP in `dtype`.
+def wrap(model, mesh, cfg: Config, dtype: torch.dtype):
+    """Checkpointed and compiled blocks, as cfg has it, and with a mesh FSDP2, a unit per block: fp32
+    master weights and reduction, attention and MLP in `dtype`.
 
     adaLN is a unit of its own and stays fp32; inputs are never cast: bf16 would make t +- h noise.
     An update runs the network two to four times: what trains is gathered once for all of them and
     resharded by its backward pass; the average has none and is resharded at once.
     """
-    again = {"reshard_after_forward": not model.x_embedder.proj.weight.requires_grad}
+    trains = model.x_embedder.proj.weight.requires_grad  # the average does not
+    keep = {"reshard_after_forward": not trains}
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    half = replace(whole, param_dtype=torch.bfloat16) if dtype == torch.bfloat16 else whole
+    low = replace(whole, param_dtype=torch.bfloat16) if dtype == torch.bfloat16 else whole
     for block in model.blocks:
         if cfg.checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if cfg.compile:
             block.compile(dynamic=False)  # each shape of a native set is compiled as it is
         if mesh is not None:
-            fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=whole, **again)
-            fully_shard(block, mesh=mesh, mp_policy=half, **again)
+            fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=whole, **keep)
+            fully_shard(block, mesh=mesh, mp_policy=low, **keep)
     if mesh is None:
         return model
-    return fully_shard(model, mesh=mesh, mp_policy=whole, **again)
+    return fully_shard(model, mesh=mesh, mp_policy=whole, **keep)
 
 
 def first_rank(action, *args) -> None:
@@ -503,25 +506,27 @@ def resume(run: Path, networks: Networks, record: dict) -> int:
         return 0
     old = json.loads((found[-1] / "config.json").read_text())
     old["train"] = asdict(Config()) | old["train"]  # settings younger than the run
-    for part, free in (("train", FREE), ("model", {"predict"}), ("data", {"mean", "std"})):
-        for name in sorted(record[part], key=lambda name: name != "precision"):  # h follows from it
-            was, now = old[part].get(name), record[part].get(name)
-            rule = f"{found[-1]} was trained with {part} {name} = {was}, not {now}"
-            require(name in free or was == now, f"{rule}; set it back or use a new --name")
+    for part, free in (("train", FREE), ("model", set()), ("data", {"mean", "std"})):
+        compared = sorted(record[part].keys() & old[part].keys() - free)
+        for name in sorted(compared, key=lambda name: name != "precision"):  # h follows from it
+            was, now = old[part][name], record[part][name]
+            rule = f"{found[-1]} was trained with {part} {name} = {str(was)[:200]}"
+            require(was == now, f"{rule}, not {str(now)[:200]}; set it back or use a new --name")
     same = old.get("fingerprint", record["fingerprint"]) == record["fingerprint"]
     for name in ("mean", "std"):  # of files, which the fingerprint knows by name
         same = same and math.isclose(old["data"][name], record["data"][name], rel_tol=0.01)
     rule = "was trained on other pictures or captions than --data has now"
     require(same, f"{found[-1]} {rule}; use those or a new --name")
-    state = training_state(networks)
+    state = training_state(networks)  # to be filled in place
     way = "remove it to go on from the one before"
     with explain((CheckpointException, OSError), f"{found[-1]} cannot be read", way):
         dcp.load(state, checkpoint_id=found[-1], no_dist=not dist.is_initialized())
-    kept = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    set_state_dict(networks.model, networks.optimizer, **kept)
-    set_state_dict(networks.ema, (), model_state_dict=state["ema"], optim_state_dict={})
+    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(networks.model, networks.optimizer, **parts)
+    set_model_state_dict(networks.ema, state["ema"])
     if record["train"]["decay"] and record["train"]["steps"] != old["train"]["steps"]:
-        data.warn(f"note: {found[-1]} was to end at update {old['train']['steps']}, the rate fell for it")
+        end = f"was to end at update {old['train']['steps']}; its rate fell towards that end"
+        data.say(f"note: {found[-1]} {end}", sys.stderr)
     return old["step"]
 
 
@@ -578,6 +583,7 @@ class Log:
             line["alignment"] = sum(alignment) / sum(count)
         if self.edges.is_cuda:
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        left = spent / self.steps * (self.cfg.steps - step)
         self.clear()
         if not self.first:
             return
@@ -586,7 +592,6 @@ class Log:
         shown += f"  {line['images_per_s']:.0f} img/s"
         self.bar.set_postfix_str(shown)
         if not self.terminal:
-            left = (self.cfg.steps - step) * self.cfg.batch / line["images_per_s"]
             print(f"step {step} of {self.cfg.steps}  {shown}  {left:.0f} s left", flush=True)
         if self.board:
             for name, value in line.items():
@@ -616,16 +621,14 @@ def draw_curve(run: Path) -> None:
 
 def fail_nonfinite(step: int, seen) -> None:
     """The gradient was not finite, as every rank knows: say where, on all of them."""
-    loss, t, r = (values.tolist() for values in seen[:3])
-    rank, world_size = data.ranks()
-    bad = [
-        f"rank {rank}: l = {a:g}, t = {b:g}, r = {c:g}"
-        for a, b, c in zip(loss, t, r) if not math.isfinite(a)
-    ]  # fmt: skip
+    (rank, world_size), bad = data.ranks(), []
+    for loss, t, r in zip(*(values.tolist() for values in seen[:3])):
+        if not math.isfinite(loss):
+            bad.append(f"rank {rank}: l = {loss:g}, t = {t:g}, r = {r:g}")
     parts = [bad] * world_size
     if dist.is_initialized():
         dist.all_gather_object(parts, bad)
-    where = [line for part in parts for line in part] or [f"finite losses, t <= {max(t):g}"]
+    where = [line for part in parts for line in part] or [f"finite losses, t <= {seen[1].max():g}"]
     raise UserError(
         f"step {step}: the gradient is not finite ({'; '.join(where[:4])}). Nothing of it was saved, "
         "the last checkpoint is good. Try a lower --lr or --precision fp32, and look at the data"
@@ -635,7 +638,7 @@ def fail_nonfinite(step: int, seen) -> None:
 # --- Set-up ---------------------------------------------------------------------------------------
 
 
-def fit(cfg: Config, spec: DataSpec, device: torch.device, world_size=1) -> Config:
+def fill_in(cfg: Config, spec: DataSpec, device: torch.device, world_size=1) -> Config:
     """Fill in what was left to the data and the device: patch and batch, each 0.
 
     Patch: the smallest that divides the sides and leaves at most 4 x 4 tokens up to 32 pixels,
@@ -655,9 +658,9 @@ def fit(cfg: Config, spec: DataSpec, device: torch.device, world_size=1) -> Conf
     if not batch:
         one_rank = 256 if device.type == "cuda" else 64 if tokens <= 16 else 32
         batch = one_rank * world_size
-    if (patch, batch) != (cfg.patch, cfg.batch) and data.ranks()[0] == 0:
+    if (patch, batch) != (cfg.patch, cfg.batch):
         found = f"{height}x{width} pictures, --patch {patch} = {tokens} tokens, --batch {batch}"
-        print(f"chosen for these data on {device.type}: {found}")
+        data.say(f"chosen for these data on {device.type}: {found}")
     return replace(cfg, patch=patch, batch=batch)
 
 
@@ -686,8 +689,8 @@ def network_arguments(cfg: Config, spec: DataSpec, features=None) -> dict:
 def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) -> Networks:
     """The network, its average and the optimizer, sharded over all ranks.
 
-    A rank alone has nothing to shard and is spared FSDP, whose copies and hooks cost more than an
-    update on one GPU; the fp32 master weights of bf16 are then cast at every pass.
+    A rank alone has nothing to shard and runs without FSDP, whose copies and hooks cost more than
+    an update on one GPU; the fp32 master weights of bf16 are then cast at every pass.
     """
     torch.manual_seed(cfg.seed)  # every rank the same weights
     model, ema = TiM(**network), TiM(**network).requires_grad_(False)
@@ -695,7 +698,7 @@ def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) 
         start_from(model, cfg)
     ema.load_state_dict(model.state_dict())
     mesh, world_size = None, data.ranks()[1]
-    if world_size > 1:
+    if world_size > 1:  # FSDP moves what it shards to the device
         shape, names = (world_size,), None
         if cfg.replicate > 1:
             shape, names = (cfg.replicate, world_size // cfg.replicate), ("replicate", "shard")
@@ -704,7 +707,7 @@ def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) 
         for part in (model.to(device), ema.to(device)):
             if dtype == torch.bfloat16:
                 lower_precision(part, masters=True)
-    model, ema = shard(model, mesh, cfg, dtype), shard(ema, mesh, cfg, dtype)
+    model, ema = wrap(model, mesh, cfg, dtype), wrap(ema, mesh, cfg, dtype)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6,
         weight_decay=cfg.weight_decay, fused=device.type != "mps",
@@ -751,8 +754,8 @@ def dry_run(cfg: Config, world_size: int) -> None:
     text = {"width": cfg.caption} if cfg.caption else None
     shape, classes = (cfg.channels, cfg.side, cfg.side), tuple(map(str, range(cfg.classes)))
     spec = DataSpec("latents" if cfg.autoencoder else "pixels", shape, classes=classes, text=text)
-    cfg = fit(cfg, spec, torch.device("cuda"), world_size)
-    divide(cfg, world_size)
+    cfg = fill_in(cfg, spec, torch.device("cuda"), world_size)
+    check_divides(cfg, world_size)
     share, tokens = cfg.batch // (world_size * cfg.accumulate), (cfg.side // cfg.patch) ** 2
     with torch.device("meta"):
         model = TiM(**network_arguments(replace(cfg, align=0.0), spec))
@@ -789,7 +792,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
         print(f"  {name:16} {size / 2**30:8.3f} GiB a rank")
 
 
-def divide(cfg: Config, world_size: int) -> None:
+def check_divides(cfg: Config, world_size: int) -> None:
     """Raise UserError unless the batch and the copies divide over the ranks."""
     parts = world_size * cfg.accumulate
     rule = f"must be a multiple of {world_size} ranks x {cfg.accumulate} micro-batches"
@@ -820,7 +823,7 @@ class Run:
 
 def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
     """Data, network and the newest checkpoint. Nothing is written before all of it fits."""
-    rank, world_size = data.ranks()
+    world_size = data.ranks()[1]
     folder, transport = Path(cfg.runs) / cfg.name, TRANSPORTS[cfg.transport]
     if cfg.data == "random":
         dataset = data.random_data((cfg.channels, cfg.side, cfg.side), cfg.classes)
@@ -830,8 +833,8 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
         dataset = data.open_data(cfg.data, cfg.side, cfg.align > 0, cfg.mirror)
         data.check_fits(dataset.spec, cfg.channels, cfg.side, cfg.classes, cfg.autoencoder)
     spec = dataset.spec
-    cfg = fit(cfg, spec, device, world_size)
-    divide(cfg, world_size)
+    cfg = fill_in(cfg, spec, device, world_size)
+    check_divides(cfg, world_size)
     texts = grid_texts = None
     if dataset.captions is not None:
         padded = not cfg.caption_mask
@@ -843,15 +846,17 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
         spec = replace(spec, text=text, prompts=prompts)
         grid_texts = data.Texts(data.Captions([[prompt] for prompt in prompts]), encoder, device)
     network = network_arguments(cfg, spec, dataset.features_shape)
-    cfg = replace(cfg, h=difference_width(cfg, dtype), precision=PRECISIONS[dtype])
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    cfg = replace(cfg, h=half_width(cfg, dtype), precision=precision)
     record = {"model": network, "data": spec.to_json(), "train": asdict(cfg)}
     record["fingerprint"] = dataset.fingerprint()
-    networks = build(replace(cfg, init="" if checkpoints(folder) else cfg.init), network, device, dtype)
+    init = "" if checkpoints(folder) else cfg.init  # resuming overwrites the weights
+    networks = build(replace(cfg, init=init), network, device, dtype)
     begin = resume(folder, networks, record)
     try:
         decoder = data.Decoder(spec, device)
-    except UserError as error:  # a run does not end for want of pictures
-        print(f"sample grids show latent channels: {error}", flush=True)
+    except UserError as error:  # a run must not end because its pictures cannot be decoded
+        data.say(f"sample grids show latent channels: {error}")
         decoder = data.Decoder(replace(spec, kind="random"), device)
     options = sampling_options(record)
     sampler = Sampler(
@@ -859,12 +864,11 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
         options=options, record={},
     )  # fmt: skip
     first_rank(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
-    if rank == 0:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        weights = sum(p.numel() for p in networks.model.parameters())
-        print(f"{folder}: {dataset.describe()}")
-        what = f"{weights:,} parameters, {world_size} x {name}, {str(dtype)[6:]}, h = {cfg.h:g}"
-        print(f"{folder}: {what}, from update {begin}", flush=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    weights = sum(p.numel() for p in networks.model.parameters())
+    data.say(f"{folder}: {dataset.describe()}")
+    what = f"{weights:,} parameters, {world_size} x {name}, {str(dtype)[6:]}, h = {cfg.h:g}"
+    data.say(f"{folder}: {what}, from update {begin}")
     return Run(folder, cfg, transport, networks, dataset, texts, sampler, record, device, begin)
 
 
@@ -897,7 +901,7 @@ def loop(run: Run, stop: list) -> tuple[int, bool]:
         done += 1
         saving = stopping or done == cfg.steps or done % cfg.save_every == 0
         if saving:
-            check_status(*unread)
+            check_status(*unread)  # for its error alone: a stop is acted on one update later
         if saving or done % cfg.log_every == 0:
             log.flush(done)
         began = time.perf_counter()
@@ -943,15 +947,14 @@ def train(cfg: Config) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
         done, stopped = loop(run, stop)
-        if data.ranks()[0] == 0:
-            if run.begin >= cfg.steps:
-                print(f"{run.folder}: already at update {run.begin}; raise --steps to go on")
-            elif stopped:
-                print(f"{run.folder}: stopped after update {done}, run again to go on")
-            else:
-                draw_curve(run.folder)
-                where = run.folder / "samples"
-                print(f"{run.folder}: all {done} updates are done, samples in {where}")
+        if run.begin >= cfg.steps:
+            data.say(f"{run.folder}: already at update {run.begin}; raise --steps to go on")
+        elif stopped and done < cfg.steps:
+            data.say(f"{run.folder}: stopped after update {done}, run again to go on")
+        else:
+            first_rank(draw_curve, run.folder)
+            samples = run.folder / "samples"
+            data.say(f"{run.folder}: all {done} updates are done, samples in {samples}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -134,7 +134,7 @@ def output_from_x(transport: Transport, x_hat: Tensor, x_t: Tensor, t: Tensor) -
     """The f of a predicted x: alpha_hat x_hat + sigma_hat (x_t - alpha x_hat) / max(sigma, floor).
 
     x_hat, x_t (B, ...), t (B,). Exact where sigma(t) >= SIGMA_FLOOR. Below it eps_hat is scaled
-    down, or an error of x_hat, divided by almost nothing, would rule the loss (JiT, 2511.13720).
+    down, or an error of x_hat, divided by almost nothing, would dominate the loss (2511.13720).
     """
     sigma = transport.sigma(t).clamp(min=SIGMA_FLOOR)
     eps_hat = (x_t - expand(transport.alpha(t), x_t) * x_hat) / expand(sigma, x_t)
@@ -143,9 +143,7 @@ def output_from_x(transport: Transport, x_hat: Tensor, x_t: Tensor, t: Tensor) -
 
 def step_coefficients(transport: Transport, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (A, B) of x_r = A x_t + B f (Eq. 5, 6): what `solve`, then `interpolate` at r, give.
-
-    t, r (B,), t_min <= r <= t <= t_max; t = r gives A = 1, B = 0. ValueError if shapes differ.
-    """
+    t, r (B,), t_min <= r <= t <= t_max; t = r gives A = 1, B = 0. ValueError if shapes differ."""
     if t.shape != r.shape:
         raise ValueError(f"t {tuple(t.shape)}, r {tuple(r.shape)}: expand them to one shape first")
     alpha, sigma = transport.alpha(t), transport.sigma(t)
@@ -170,7 +168,9 @@ def transition_target(transport: Transport, x, eps, t, r, df_dt: Tensor) -> Tens
 
         alpha_hat x + sigma_hat eps + (B / B') (alpha_hat' x + sigma_hat' eps - df/dt)
 
-    x, eps, df_dt (B, ...), t, r (B,) -> (B, ...). At r = t, B is 0 and the target is `residual`.
+    x, eps, df_dt (B, ...), t, r (B,) -> (B, ...). At r = t, B is 0 and the target is `residual`, u.
+    Why: along the path A x_t + B u is x_r, whatever t is, and A x_t + B f must not change with t
+    either. So d/dt of B (f - u) is 0: B' (f - u) + B (df/dt - u') = 0.
     """
     b = step_coefficients(transport, t, r)[1]
     b_slope = slope(lambda s: step_coefficients(transport, s, r)[1], t)
@@ -245,7 +245,7 @@ def adaptive(loss: Tensor) -> Tensor:
     return loss / (loss.detach() + 1e-5)
 
 
-TAUS = {  # name: (tau(t), the end of the times for which it is finite)
+TAUS = {  # name: (tau(t), the end of the times for which it is valid; at it, a weight may be 0)
     "identity": (lambda t: t, math.inf),
     "tan": (torch.tan, math.pi / 2),
     "ratio": (lambda t: t / (1 - t), 1.0),
@@ -260,7 +260,7 @@ KERNELS = {
 
 
 def check_weight(transport: Transport, tau: str) -> None:
-    """Raise ValueError where tau is not finite over the transport's range: no training on NaN."""
+    """Raise ValueError where tau is not valid over the transport's range: no training on NaN."""
     limit = TAUS[tau][1]
     if transport.t_max > limit:
         rule = f"tau {tau!r} is valid for t <= {limit:.4g}, not for {transport.name!r}"
@@ -290,7 +290,7 @@ def shift_times(transport: Transport, t: Tensor, shift: float) -> Tensor:
 
 
 def resolution_shift(tokens: int, base: int) -> float:
-    """s of `shift_times` for so many tokens: sqrt(tokens / base), or 1 (off) if base is 0. Source:
+    """s of `shift_times` for this many tokens: sqrt(tokens / base), or 1 (off) if base is 0. Source:
     Stable Diffusion 3 (arXiv 2403.03206), Eq. 23: equal uncertainty at m times the tokens."""
     return math.sqrt(tokens / base) if base else 1.0
 
@@ -315,8 +315,8 @@ def fixed_diffusion(n: int, share: float) -> int:
 def sample_times(transport: Transport, n: int, mixture: TimeMixture, rng: torch.Generator):
     """Two draws each, t the later and r the earlier; some samples then get r = t or r = t_min.
 
-    r = t for the first `fixed_diffusion` samples, and for the next with the chance of the fraction
-    that is left of n * share: met on average at any n. The "later" draw, the authors' choice,
+    r = t for the first n * share samples: that number is rounded down, or up with the probability
+    of its fraction, so that the share is met on average at any n. The "later" draw, the authors' choice,
     hardly trains small times: where one draw is below a time with chance p, the later is with p^2.
     returns  t, r (n,) float32 on the generator's device, t_min <= r <= t <= t_max
     """

@@ -32,7 +32,7 @@ def start(dtype):
         return networks
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = dist.init_device_mesh("cpu", (1,))
-    model, ema = (train.shard(m, mesh, CFG, dtype) for m in networks[:2])
+    model, ema = (train.wrap(m, mesh, CFG, dtype) for m in networks[:2])
     return train.Networks(model, ema, torch.optim.AdamW(model.parameters()))
 
 

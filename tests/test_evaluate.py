@@ -359,7 +359,7 @@ BAD = {
     "code": (["--images", "a", "--reference", "b", "--inception", "code.pth"], "code.pth: not a whole file of plain weights"),
     "device": (["--images", "a", "--reference", "b", "--device", "abacus"], "--device abacus"),
     "interval": (["--interval", "0.5", "0.2", "--reference", "b", "-n", "10"], "--interval"),
-    "no checkpoint": (["--checkpoint", "gone", "--reference", "b", "-n", "10"], "--checkpoint gone"),
+    "no checkpoint": (["--checkpoint", "gone", "--reference", "b", "-n", "10"], "gone: there is no file gone"),
 }
 
 

@@ -261,6 +261,8 @@ def test_broken_pictures_are_listed_skipped_and_counted(place, tmp_path, capsys)
         file.write_bytes(b"no picture")
     with pytest.raises(UserError, match="none of the pictures could be opened"):
         encode(place, tmp_path / "none", images=tmp_path / "pictures")
+    with pytest.raises(UserError, match="no picture of it could be opened; encode others"):
+        data.open_data(str(tmp_path / "none"))
 
 
 def test_full_disk_loses_nothing_complete(place, moments, tmp_path):
@@ -351,7 +353,7 @@ def test_features_are_added_and_follow_their_latents(place, moments, tmp_path):
     batch = next(data.batches(source, 8, 0, [0], 1))
     assert batch.x.shape == (8, 4, 16, 16) and batch.features.dtype == torch.float32
     assert batch.features.shape == (8, 4, 16) and source.features_shape == (4, 16)
-    index = data.positions(40, 8, 0, 0, 0, 1)
+    index = data.picture_indices(40, 8, 0, 0, 0, 1)
     pixels = torch.nn.functional.interpolate(pictures(place)[index] / 255, (28, 28), mode="bicubic", antialias=True)
     pixels = (pixels.clamp(0, 1) - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
     pixels = pixels / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

@@ -11,6 +11,7 @@ from launch import ENV, ROOT, log, no_picture, shell, weights
 from PIL import Image
 
 import data
+import evaluate
 import sample
 import train
 
@@ -97,10 +98,10 @@ def test_side_and_patch_fit_each_other(classes, own, side, patch, capsys):
 def test_the_batch_that_is_chosen_suits_the_device():
     spec = data.DataSpec("pixels", (3, 64, 64), classes=("a", "b"))
     cfg, _ = train.parse_config(["--data", "somewhere"])
-    assert train.fit(cfg, spec, torch.device("cpu")).batch == 32
-    assert train.fit(cfg, spec, torch.device("cuda")).batch == 256
+    assert train.fill_in(cfg, spec, torch.device("cpu")).batch == 32
+    assert train.fill_in(cfg, spec, torch.device("cuda")).batch == 256
     few = data.DataSpec("pixels", (3, 28, 28), classes=("a", "b"))
-    assert train.fit(cfg, few, torch.device("cpu")).batch == 64
+    assert train.fill_in(cfg, few, torch.device("cpu")).batch == 64
 
 
 def test_a_patch_that_does_not_fit_names_those_that_do(classes, refused, tmp_path):
@@ -117,6 +118,21 @@ def test_transparent_pictures_train_on_white(classes, own):
     shadow = [p.name for p in data.find_pictures(classes).pictures].index("sea/shadow.png")
     x = source.read([shadow], np.random.default_rng(0)).x * spec.std + spec.mean
     assert x.min() > 150 and x.max() > 250  # never near its black
+
+
+def test_pictures_are_turned_as_their_cameras_say(tmp_path):
+    """In training and as a reference alike."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter: the dark corner at the left is then at the right
+    picture = Image.new("RGB", (32, 32), "white")
+    picture.paste(Image.new("RGB", (16, 16)), (0, 0))
+    (tmp_path / "turned" / "a").mkdir(parents=True)
+    picture.save(tmp_path / "turned" / "a" / "0.jpg", exif=exif, quality=95)
+    source = data.open_data(str(tmp_path / "turned"), side=32, mirror=False)
+    trained = source.read([0], np.random.default_rng(0)).x[0]
+    compared = evaluate.open_pictures(str(tmp_path / "turned"), None)[0].float() - 128
+    for x in (trained, compared):
+        assert x[:, 4:12, 20:28].max() < 0 < x[:, 4:12, 4:12].min()
 
 
 def test_no_mirror_leaves_left_and_right_alone(classes, own):
@@ -148,7 +164,7 @@ def test_captions_beside_pictures_train_a_text_network(captioned, own, capsys):
     run = own("--data", captioned)
     heard = capsys.readouterr()
     assert run.name == "laion" and "11 pictures with 11 captions" in heard.out
-    assert "1 of 12 pictures have no text and are left out" in heard.err
+    assert "1 of 12 pictures have no text, left out" in heard.err
     model, _, config = sample.load(run)
     assert model.classes is None and config["data"]["text"]["encoder"] == "bytes"
     sample.main(

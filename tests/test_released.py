@@ -8,6 +8,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -302,3 +303,12 @@ def test_latents_need_an_autoencoder_that_fits(released, tmp_path, monkeypatch, 
     assert f"--autoencoder {tmp_path / 'vae'}" in message
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "pip install diffusers" in refused(sample.main, *argv)
+
+
+def test_released_weights_are_announced_as_such(released, monkeypatch, tmp_path, capsys):
+    """They have no step; decoded by a stand-in, as their autoencoder is a download."""
+    decode = lambda x: np.zeros((len(x), 8, 8, 3), np.uint8)
+    monkeypatch.setattr(data, "Decoder", lambda *arguments: decode)
+    argv = ["--checkpoint", released, "--steps", 1, "--classes", 0, "--device", "cpu"]
+    sample.main([*map(str, argv), "--out", str(tmp_path / "grid.png")])
+    assert f"{released}: released weights, guidance 2.5" in capsys.readouterr().out

@@ -267,6 +267,18 @@ def test_guidance_moves_away_from_no_condition():
         )
 
 
+@pytest.mark.parametrize("steps, ends", [(10, (0.3, 1.0)), (20, (0.15, 0.55)), (8, (0.25, 0.75))])
+def test_the_ends_of_the_interval_are_in_it_unless_strict(steps, ends):
+    """In spite of rounding: 0.3 of ten steps is 0.30000000000000004."""
+    model, transport, z = Oracle(TRANSPORTS["otfm"]), TRANSPORTS["otfm"], gauss(1, 1, 1, 1)
+    low, high = (round(end * steps) for end in ends)
+    for strict, expected in ((False, range(low, high + 1)), (True, range(low + 1, high))):
+        trace = []
+        how = dict(interval=ends, strict=strict, trace=trace, null=labels(z))
+        generate(model, transport, z, labels(z), steps, 2.0, **how)
+        assert [round(t * steps) for t, _, n in trace if n == 2] == list(expected)[::-1]
+
+
 @pytest.mark.parametrize("share", [0.2, 1.0])
 def test_renewed_noise_keeps_the_marginal_variance(share):
     transport, z = TRANSPORTS["otfm"], gauss(20000, 1, 1, 1)
@@ -424,6 +436,8 @@ def test_picture_i_is_the_same_in_any_batch(run):
         torch.testing.assert_close(torch.cat(found), whole, rtol=1e-4, atol=1e-5)
     pixels = sampler.draw(range(12), conditions, 3, 0)
     assert pixels.shape == (12, 4, 4, 1) and pixels.dtype == np.uint8
+    with pytest.raises(UserError, match=r"conditions \[3\]: one for each index, from 0 to 4"):
+        sampler.draw(range(12), [3], 3, 0)
     some = sampler.draw([7, 2], [conditions[7], conditions[2]], 3, 0)
     assert np.abs(some.astype(int) - pixels[[7, 2]]).max() <= 1  # a rounding apart at most
 
@@ -656,6 +670,15 @@ def test_a_picture_is_forgotten_at_strength_1_and_kept_near_0():
         draw(picture, 0.0)
 
 
+def test_a_picture_to_start_from_is_turned_as_its_camera_says(tmp_path):
+    exif, half = Image.Exif(), np.zeros((40, 40), np.uint8)
+    exif[0x0112], half[:, 20:] = 6, 255  # to be turned by a quarter: then the lower half is white
+    Image.fromarray(half).save(tmp_path / "in.jpg", exif=exif, quality=95)
+    spec = data.DataSpec("pixels", (1, 4, 4), 127.5, 127.5, ("a",))
+    x = data.encode_picture(tmp_path / "in.jpg", spec, "cpu")[0, 0]
+    assert (x[0] < -0.8).all() and (x[3] > 0.8).all()
+
+
 def test_the_command_starts_from_a_picture(run, tmp_path, refused):
     shades = np.arange(0, 240, 15, dtype=np.uint8).reshape(4, 4)
     Image.fromarray(shades).save(tmp_path / "in.png")
@@ -834,6 +857,8 @@ def test_missing_checkpoints_are_refused(tmp_path, monkeypatch, refused):
         ("--precision fp8", "invalid choice: 'fp8'"),
         ("--cfg 2", "unrecognized arguments: --cfg"),
         ("--image gone.png", "gone.png"),
+        ("--image gone.png --strength 0", "--strength: '0' must be a number above 0, at most 1"),
+        (f"--seed {2**63}", f"--seed: '{2**63}' must be a whole number"),
         ("--prompts_file gone.txt", "--prompts_file gone.txt"),
         ("--prompts_file gone.txt --prompts sun", "give one of them"),
     ],

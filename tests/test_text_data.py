@@ -119,7 +119,7 @@ def test_twenty_faults_are_listed_and_all_are_counted(tmp_path, capsys, monkeypa
     assert data.open_data(str(tmp_path)).captions[0] == "one alone"
     said = capsys.readouterr().err
     assert "30 broken lines" in said and "line 20:" in said and "line 21:" not in said
-    assert "1 of 2 pictures have no text and are left out" in said
+    assert "1 of 2 pictures have no text, left out" in said
     monkeypatch.setenv("RANK", "1")                                             # one process says it
     data.open_data(str(tmp_path))
     assert capsys.readouterr().err == ""
@@ -158,7 +158,7 @@ def test_texts_beside_the_pictures_are_captions(tmp_path, capsys):
     found = data.find_pictures(tmp_path / "set")
     assert captions_of(found) == {f"{name}.jpg": texts for name, texts in WANT.items()}
     assert found.labels.tolist() == [0, 1, 2, 3] and not found.classes
-    assert "1 of 5 pictures have no text and are left out" in capsys.readouterr().err
+    assert "1 of 5 pictures have no text, left out" in capsys.readouterr().err
     source = data.open_data(str(tmp_path / "set"), 8)
     assert len(source) == 4 and source.captions[1] == "text “b”"
 
@@ -168,7 +168,7 @@ def test_a_text_beside_one_of_many_pictures_makes_no_captions(tmp_path):
         (tmp_path / f"set/{k % 2}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / f"set/{k % 2}/{k}.png")
     (tmp_path / "set/0/0.txt").write_text("0 0.5 0.5 0.2 0.2")
-    with pytest.raises(data.UserError, match="beside 1 of 8 pictures, too few for captions"):
+    with pytest.raises(data.UserError, match=r"set: texts lie beside 1 of 8 pictures, too few for captions"):
         data.open_data(str(tmp_path / "set"), 8)
 
 

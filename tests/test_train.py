@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -355,7 +356,7 @@ def test_bf16_casts_weights_and_no_inputs(sharded):
         network = {"channels": 2, "patch": 2, **SIZES["demo"], "classes": 3}
         model, ema, _ = train.build(cfg, network, CPU, FP32 if sharded else torch.bfloat16)
         if sharded:
-            model, ema = (train.shard(m, mesh, cfg, torch.bfloat16) for m in (model, ema))
+            model, ema = (train.wrap(m, mesh, cfg, torch.bfloat16) for m in (model, ema))
         block, seen = model.blocks[1], {}
         note = lambda name: lambda module, inputs: seen.update({name: inputs[0].dtype})
         made = lambda name: lambda module, inputs, out: seen.update({name: out.dtype})
@@ -394,7 +395,7 @@ def test_bf16_alone_is_what_fsdp_computes():
     try:
         sharded = train.build(cfg, network, CPU, FP32).model
         sharded.load_state_dict(state)
-        sharded = train.shard(sharded, mesh, cfg, torch.bfloat16)
+        sharded = train.wrap(sharded, mesh, cfg, torch.bfloat16)
         for k in range(2):
             x, t, y = torch.randn(2, 2, 4, 4), torch.rand(2), torch.tensor([0, 1])
             for model in (alone, sharded):
@@ -448,7 +449,7 @@ for world in (2, 16):
     with torch.device("meta"):
         model = TiM(4, 2, **SIZES["XL"], classes=1000)
     total = sum(p.numel() for p in model.parameters())
-    train.shard(model, dist.init_device_mesh("cpu", (world,)), train.Config(), torch.bfloat16)
+    train.wrap(model, dist.init_device_mesh("cpu", (world,)), train.Config(), torch.bfloat16)
     print(sum(p.to_local().numel() for p in model.parameters()) * world / total)
     dist.destroy_process_group()
 """
@@ -645,7 +646,7 @@ def test_resuming_needs_no_file_that_the_run_began_with(finished, tmp_path):
 def test_a_rate_that_fell_for_another_end_is_told(tmp_path, capsys):
     train_here(tmp_path, "--steps", 2, "--decay", 0.5)
     train_here(tmp_path, "--steps", 3, "--decay", 0.5)
-    assert "was to end at update 2, the rate fell for it" in capsys.readouterr().err
+    assert "was to end at update 2; its rate fell towards that end" in capsys.readouterr().err
 
 
 def test_the_curve_is_drawn_of_a_log_that_a_crash_cut_short(tmp_path):
@@ -897,7 +898,12 @@ REFUSED = [
     ("--data random --channels 0", "--data random: give --channels, --side"),
     ("--steps 4 --lr .5", "was trained with train lr = 0.001, not 0.5"),
     ("--steps 4 --size S", "was trained with train size = demo, not S"),
-    ("--name other --init nowhere", "nowhere: there is no nowhere"),
+    ("--name other --init nowhere", "error: nowhere: there is no file nowhere"),
+    ("--guide_low .9 --guide_high .8", "--guide_low 0.9: at most --guide_high, which is 0.8"),
+    ("--guidance_low .5 --guidance_high 0", "--guidance_low 0.5: at most --guidance_high"),
+    ("--transport edm", "--tau tan (tau 'tan' is valid for t <= 1.571, not for 'edm'"),
+    ("--transport edm --tau identity --shift_tokens 9", "--shift_tokens 9: needs times in [0, 1]"),
+    (f"--seed {2**63}", f"--seed: '{2**63}' must be a whole number"),
     ("--name a/b", "--name a/b: one folder name"),
     ("--name other --runs file", "Not a directory"),
     ("--name other --align 1", "features"),
@@ -932,10 +938,42 @@ def test_a_preset_gives_way_to_a_transport_without_mean_and_deviation():
     for transport in ("vp", "ve"):
         argv = ["--transport", transport, "--kernel", "constant"]
         assert train.parse_config(argv)[0].time_mean is None
-        with pytest.raises(data.UserError, match="a time shift is positive"):
+        with pytest.raises(data.UserError, match="--shift_tokens 4: needs times in"):
             train.parse_config([*argv, "--shift_tokens", "4"])
     for transport, mean in (("otfm", 0.0), ("tim", 0.0), ("trigflow", None)):  # of one range, or not
         assert train.parse_config(["--transport", transport])[0].time_mean == mean
+
+
+def test_settings_younger_than_a_run_do_not_stop_it(finished, tmp_path, refused):
+    """Those of network and data, too; a long difference is cut in the message."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    file = train.checkpoints(tmp_path / "run")[-1] / "config.json"
+    record = json.loads(file.read_text())
+    del record["data"]["prompts"], record["model"]["rope_layout"]
+    file.write_text(json.dumps(record))
+    train.main(flags_of(tmp_path, "--steps", 4))
+    file.write_text(json.dumps(record | {"data": record["data"] | {"classes": ["none"] * 1000}}))
+    shutil.rmtree(train.checkpoints(tmp_path / "run")[-1])
+    said = refused(train.main, *flags_of(tmp_path, "--steps", 4))
+    assert "was trained with data classes = ['none'" in said and len(said) < 900
+
+
+def test_a_stop_in_the_last_update_is_no_stop(tmp_path, capsys, monkeypatch):
+    """Nothing is left to do, so nothing is asked for."""
+    update = train.train_step
+
+    def told(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    monkeypatch.setattr(train, "train_step", told)
+    was = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        train.main(flags_of(tmp_path, "--steps", 1))
+    finally:
+        for number, action in zip((signal.SIGTERM, signal.SIGINT), was):
+            signal.signal(number, action)
+    assert "all 1 updates are done" in capsys.readouterr().out
 
 
 def test_missing_tensorboard_leaves_nothing(tmp_path, refused, monkeypatch):
