@@ -180,6 +180,7 @@ def open_device(name: str = "auto") -> torch.device:
 
 def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
     """bfloat16 or float32. auto: bfloat16 where the GPU has it in hardware."""
+    require(asked in ("auto", "fp32", "bf16"), f"precision {asked}: one of auto, fp32, bf16")
     if asked == "auto" and device.type == "cuda":
         asked = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     require(asked != "bf16" or device.type != "mps", "--precision bf16: not on mps; use fp32")
@@ -285,7 +286,8 @@ def list_files(root) -> list[Entry]:
             members = [(m, m.name.removeprefix("./")) for m in tar if m.isfile()]
         for m, inside in members:
             found[folder + inside] = Entry(folder + inside, str(path), m.offset_data, m.size, inside)
-    return [found[name] for name in sorted(found) if not PurePosixPath(name).name.startswith(".")]
+    hidden = lambda name: any(part.startswith(".") for part in name.split("/"))
+    return [found[name] for name in sorted(found) if not hidden(name)]
 
 
 @contextmanager
@@ -781,7 +783,8 @@ def open_data(path: str, side=0, features=False, mirror: bool | None = None) -> 
         unfinished = (folder / "plan.json").is_file()
         require(not unfinished, f"--data {path}: encoding stopped after {done} shards; run it again")
         names = ", ".join(["demo", "emoji", *TORCHVISION])
-        require(folder.exists(), f"--data {path}: no such folder; give a folder or one of {names}")
+        there = path and (folder.is_dir() or (folder.is_file() and folder.suffix == ".tar"))
+        require(there, f"--data {path}: no such folder or .tar; give one, or one of {names}")
         data = open_folder(folder, side or 64, mirror)
     require(len(data), f"--data {path}: no picture of it could be opened; encode others")
     n, last = len(data.spec.classes), data.labels.max()
@@ -798,7 +801,8 @@ def check_fits(spec: DataSpec, channels=0, side=0, classes=0, autoencoder="") ->
         asked["autoencoder"], found["autoencoder"] = autoencoder, spec.autoencoder
     for name, value in asked.items():
         rule = f"the data have {name} {found[name]}, the configuration asks for {value}"
-        require(not value or value == found[name], f"{rule}; change either")
+        way = f"other data, or --{'side' if name in ('height', 'width') else name} {found[name]}"
+        require(not value or value == found[name], f"{rule}; give {way}")
 
 
 # --- The stream -----------------------------------------------------------------------------------
@@ -1308,6 +1312,8 @@ def encode(cfg: EncodeConfig) -> None:
     """Pictures to shards. Each rank makes every world_size-th, so ranks need not communicate."""
     (rank, world_size), out = ranks(), Path(cfg.out)
     require(Path(cfg.images).exists(), f"--images {cfg.images}: no such folder or tar")
+    inside = Path(cfg.images).resolve() in (out.resolve(), *out.resolve().parents)
+    require(not inside, f"--out {out}: lies in --images {cfg.images}; give a folder outside of it")
     require(cfg.native or len(cfg.size) == 1, f"--size {cfg.size}: several need --native")
     require(not (cfg.native and cfg.features), "--features: not for --native pictures")
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

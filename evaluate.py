@@ -179,7 +179,7 @@ def open_reference(cfg: FidConfig, n: int, features: Path) -> Pictures:
         real, statistics = open_pictures(cfg.reference, cfg.side), {}
     if len(real):
         num, rule = cfg.reference_num or len(real), f"{real.name} holds {len(real)} pictures"
-        require(2 <= num <= len(real), f"--reference_num {num}: {rule}")
+        require(2 <= num <= len(real), f"--reference_num {num}: {rule}; at least 2 of them")
         require(statistics or n <= num, f"--num {n}: the reference {rule}, of which {num} are used")
         real = real.part(np.linspace(0, len(real) - 1, num).round().astype(int))
     if statistics:
@@ -220,9 +220,6 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
 
     metrics = {"fid": True}
     if len(real):
-        size, known = (tuple(p[0].shape[1:]) for p in (pictures, real))
-        rule = f"{pictures.name} holds pictures of {size}, {real.name} of {known} (height, width)"
-        require(size == known, f"{rule}; give --side to crop them to one size")
         fewest = min(len(pictures), len(real))
         metrics |= {"kid": True, "prc": True, "isc": True}
         metrics["kid_subset_size"] = 1000 if fewest >= 1000 else fewest // 2  # all: no deviation
@@ -233,16 +230,17 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split(". ")[0].split())[:200]
         reason = reason or "statistics of another number of features"
-        way = "pictures of mixed sizes need --side, --inception weights in torch-fidelity's form"
+        way = "mixed sizes need --side; Inception without a network, --inception FILE of its form"
         raise UserError(f"{pictures.name} against {real.name}: {reason}; {way}") from error
     if found.get("inception_score_std", 1) < 1e-9:
         del found["inception_score_mean"]  # weights without a classifier: its outputs are zero
     return {short: found.get(name) for short, name in SCORES.items()}
 
 
-def open_table(cfg: FidConfig, n: int, device: torch.device):
+def open_table(cfg: FidConfig, n: int, device: torch.device, size: tuple[int, int]):
     """Open the reference and print the floor: at most n of its pictures against others of them.
 
+    size     (height, width) of what will be scored
     returns  a function that scores pictures, prints and appends their row, and gives their FID
     """
     weights = "default"
@@ -259,6 +257,9 @@ def open_table(cfg: FidConfig, n: int, device: torch.device):
     real = open_reference(cfg, n, features)
     half, floor = min(n, len(real) // 2), dict.fromkeys(SCORES)
     if half:
+        rule = f"{tuple(real[0].shape[1:])}, not {size} as what is compared (height, width)"
+        fits = size == real[0].shape[1:]
+        require(fits, f"{real.name} has pictures of {rule}; --side crops those of folders and sets")
         order = torch.randperm(len(real), generator=data.rng(0))
         first, rest = real.part(order[:half]), real.part(order[half:])
         floor = score(first, rest, options | {"input1_cache_name": first.key})
@@ -290,8 +291,9 @@ def fid(cfg: FidConfig) -> None:
         require(10 <= n <= known, f"--num {n}: {cfg.images} holds {known}; at least 10")
         folder = cfg.cache if cfg.images in SETS else Path(cfg.images)
         row = {"row": Path(cfg.images).name, "steps": None, "NFE": None}
-        add = open_table(cfg, n, device)
-        add(row, pictures.part(range(n)), folder / "eval.jsonl", {"images": cfg.images})
+        pictures = pictures.part(np.linspace(0, known - 1, n).round().astype(int))
+        add = open_table(cfg, n, device, tuple(pictures[0].shape[1:]))
+        add(row, pictures, folder / "eval.jsonl", {"images": cfg.images})
 
 
 def score_networks(cfg: FidConfig, device: torch.device) -> None:
@@ -301,6 +303,7 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
     paths, curves = cfg.checkpoint or [sample.newest()], {}
     for path in paths:
         sample.checkpoint_file(path)  # is it there?
+    require(not cfg.plot or cfg.plot.suffix == ".png", f"--plot {cfg.plot}: name a .png file")
     add = None
     if world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # scoring takes its time
@@ -312,9 +315,9 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
         way = "draw with sample.py --prompts_file FILE -n N, then fid --images"
         require(not sampler.texts, f"{path} was trained on text; {way}")
         if rank == 0 and not add:  # once it is known that there is something to score
-            add = open_table(cfg, n, device)
-        run = path if path.is_dir() else path.parent
-        name = f"{run.name}, guidance {sampler.options['guidance']:g}"
+            size = tuple(side * sampler.spec.factor for side in sampler.spec.shape[1:])
+            add = open_table(cfg, n, device, size)
+        name = f"{path}, guidance {sampler.options['guidance']:g}"
         for steps in cfg.steps:
             pictures, evaluations = draw(sampler, cfg, n, steps, results_folder(path))
             if add:
@@ -464,10 +467,10 @@ def consistency(checkpoint, data_name, num: int, seed: int, batch: int, device: 
 def clip(images: Path, num: int | None, model: str, batch: int, device: str) -> None:
     """100 max(cosine, 0) of the first `num` pictures and their captions, averaged."""
     device, file = data.open_device(device), images / "captions.jsonl"
-    load = partial(data.load_pretrained, "transformers", flag=f"--model {model}", path=model)
-    net, processor = load("CLIPModel").to(device).eval(), load("CLIPProcessor")
     pairs = list(data.read_captions(file.read_bytes(), str(file)).items())[:num]
     require(len(pairs) >= (num or 1), f"--num {num}: {file} has {len(pairs)} captions")
+    load = partial(data.load_pretrained, "transformers", flag=f"--model {model}", path=model)
+    net, processor = load("CLIPModel").to(device).eval(), load("CLIPProcessor")
     pictures, scores = Pictures(str(images), [images / name for name, _ in pairs]), []
     for start in range(0, len(pairs), batch):
         part = range(start, min(start + batch, len(pairs)))

@@ -346,6 +346,7 @@ def open_sampler(
         "precision": str(dtype), "autoencoder": autoencoder or spec.autoencoder,
     }  # fmt: skip
     if spec.text:
+        require(not isinstance(prompts, str), "prompts: a list of texts, not one")
         prompts = list(prompts or spec.prompts)
         require(prompts, f'{path} draws from text: give --prompts "a red apple" or --prompts_file')
         name = text_encoder or spec.text["encoder"]
@@ -378,6 +379,8 @@ def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, f
     """
     rank, world_size = data.ranks()
     make_folder(folder)
+    ours = Path(f"{folder}.json").is_file() or not any(folder.iterdir())
+    require(ours, f"--out {folder}: holds files that sample.py did not write; give another")
     about = {"steps": steps, "seed": seed, "shape": list(sampler.spec.shape)}
     data.claim(Path(f"{folder}.json"), sampler.record | about)
     files = {}
@@ -413,7 +416,8 @@ def numbered(n: int, conditions: list[int]) -> list[tuple[str, int, int]]:
 
 def draw_grid(sampler: Sampler, conditions: list[int], steps: list[int], seed: int, path: Path):
     """A row per number of steps, a column per condition, all rows from the same noise."""
-    require(path.suffix == ".png", f"--out {path}: a grid is one .png file; or give -n for many")
+    one = path.suffix == ".png" and not path.is_dir()
+    require(one, f"--out {path}: a grid is one .png file; or give -n for many")
     require(len(conditions) <= 100, f"{len(conditions)} columns are too many for a grid; give -n")
     rows = np.stack([sampler.draw(range(len(conditions)), conditions, n, seed) for n in steps])
     names = [sampler.condition_name(k) for k in conditions]
@@ -591,9 +595,12 @@ def main(argv=None):
         if a.bench == "geneval":
             finish_geneval(folder, metadata)
         if sampler.texts and data.ranks()[0] == 0:
-            lines = ({"image_file": file, "captions": [names[k]]} for file, _, k in jobs)
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            data.write_text(folder / "captions.jsonl", text)
+            file, known = folder / "captions.jsonl", {}
+            if file.is_file():  # of a call with a larger -n
+                known = data.read_captions(file.read_bytes(), str(file))
+            known |= {name: [names[k]] for name, _, k in jobs}
+            lines = [json.dumps({"image_file": k, "captions": v}) for k, v in known.items()]
+            data.write_text(file, "\n".join(lines) + "\n")
         data.say(f"{folder}: {len(jobs)} pictures at {steps} steps")
 
 

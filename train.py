@@ -108,7 +108,7 @@ class Config:
     lr: float = flag(2e-3, "AdamW's peak learning rate", FLOAT)
     warmup: int = flag(100, "updates of linear warm-up", NATURAL)
     decay: float = flag(0.0, "last share of the updates in which the rate falls to zero", SHARE)
-    beta2: float = flag(0.95, "AdamW's second beta", SHARE)
+    beta2: float = flag(0.95, "AdamW's second beta, below 1", SHARE)
     weight_decay: float = flag(0.01, "AdamW's weight decay", NOT_NEGATIVE)
     clip: float = flag(1.0, "largest gradient norm", FLOAT)
     ema: float = flag(0.9999, "decay of the averaged weights; (1 + n) / (10 + n) if less", SHARE)
@@ -226,6 +226,7 @@ def check(cfg: Config) -> Config:
     guides = (cfg.guide_gt, cfg.guide_cond) != (1, 0)
     require(cfg.drop or not guides, "guidance in the target needs a dropped condition: --drop 0.1")
     rule = "the guidance that is learned is --guide_gt / (1 - this); below 1"
+    require(cfg.beta2 < 1, f"--beta2 {cfg.beta2:g}: below 1")
     require(cfg.guide_cond < 1, f"--guide_cond {cfg.guide_cond:g}: {rule}")
     for kind in ("guide", "guidance"):
         low, high = getattr(cfg, f"{kind}_low"), getattr(cfg, f"{kind}_high")
@@ -468,7 +469,7 @@ def training_state(networks: Networks) -> dict:
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete ones, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.suffix != ".tmp")
+    return sorted((run / "checkpoints").glob("step_" + 8 * "[0-9]"))
 
 
 def write_checkpoint(run: Path, step: int, networks: Networks, record: dict) -> None:
@@ -504,7 +505,7 @@ def resume(run: Path, networks: Networks, record: dict) -> int:
     found = checkpoints(run)
     if not found:
         return 0
-    old = json.loads((found[-1] / "config.json").read_text())
+    old = data.read_json(found[-1] / "config.json")
     old["train"] = asdict(Config()) | old["train"]  # settings younger than the run
     for part, free in (("train", FREE), ("model", set()), ("data", {"mean", "std"})):
         compared = sorted(record[part].keys() & old[part].keys() - free)
@@ -828,6 +829,8 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
     if cfg.data == "random":
         dataset = data.random_data((cfg.channels, cfg.side, cfg.side), cfg.classes)
     else:
+        inside = Path(cfg.data).resolve() in folder.resolve().parents
+        require(not inside, f"--runs {cfg.runs}: lies in --data {cfg.data}; give another --runs")
         if cfg.data in data.TORCHVISION:  # rank 0 may have to download it
             first_rank(data.open_data, cfg.data)
         dataset = data.open_data(cfg.data, cfg.side, cfg.align > 0, cfg.mirror)
@@ -939,6 +942,7 @@ def train(cfg: Config) -> None:
     stop = []  # the signals seen
 
     def on_signal(number, frame):
+        os.write(2, b"\nstopping after this update, then saving; again = end at once\n")
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
 

@@ -402,7 +402,7 @@ def test_splits_are_not_classes(tmp_path, names):
 
 
 def test_odd_folders_are_refused_with_a_way_out(tmp_path):
-    with pytest.raises(UserError, match="no such folder; give a folder or one of demo, emoji, fashion"):
+    with pytest.raises(UserError, match="no such folder or .tar; give one, or one of demo, emoji, fashion"):
         data.open_data(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no pictures"):
         data.open_data(str(tmp_path))
@@ -412,6 +412,12 @@ def test_odd_folders_are_refused_with_a_way_out(tmp_path):
     with pytest.raises(UserError, match="demo has no features"):
         data.open_data("demo", features=True)
     assert data.open_data(str(tmp_path / "set/a")).describe() == "1 pictures of 1 classes: pictures 1"
+
+
+def test_hidden_folders_are_not_classes(tmp_path):
+    folder = pictures(tmp_path / "set/a", 4).parent
+    pictures(pictures(folder / "b", 2).parent / ".ipynb_checkpoints", 1)
+    assert data.open_data(str(folder)).spec.classes == ("a", "b")
 
 
 def test_a_set_is_recognised_by_its_content(tmp_path):

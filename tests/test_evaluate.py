@@ -309,12 +309,22 @@ def test_interval_and_strictness_are_the_checkpoints_unless_given(real, tmp_path
 
 def test_several_checkpoints_are_lines_of_one_plot(real, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    paths = [checkpoint(tmp_path / "runs" / name, predict=name) for name in ("f", "x")]
+    paths = [checkpoint(tmp_path / place / "run", predict=place) for place in ("f", "x")]
     args = "--reference", real, "-n", 10, "--steps", 1, 2, "--plot", "both.png"
     fid("--checkpoint", *paths, *args)
     assert Image.open("both.png").size[0] > 100
     out = capsys.readouterr().out
-    assert "f, guidance 1" in out and "x, guidance 1" in out
+    assert all(f"{path}, guidance 1" in out for path in paths)  # told apart by their whole path
+
+
+def test_some_pictures_of_a_folder_are_spread_over_it(tmp_path, monkeypatch):
+    """Not the first by name, which may be of one class."""
+    pictures(tmp_path / "all" / "a", 10, 1)
+    pictures(tmp_path / "all" / "b", 10, 2)
+    seen = []
+    monkeypatch.setattr(evaluate, "open_table", lambda *args: lambda row, some, *rest: seen.append(some))
+    fid("--images", tmp_path / "all", "--reference", "demo", "-n", 10)
+    assert [file.parent.name for file in seen[0].items] == ["a"] * 5 + ["b"] * 5
 
 
 @pytest.mark.slow
@@ -344,7 +354,8 @@ BAD = {
     "more than the folder": (["--images", "a", "-n", "21", "--reference", "b"], "--num 21: a holds 20"),
     "few": (["--images", "a", "-n", "9", "--reference", "b"], "--num 9"),
     "mixed sizes": (["--images", "a", "--reference", "mixed"], "mixed.*--side"),
-    "other size": (["--images", "a", "--reference", "large"], r"\(16, 16\).*\(20, 20\).*--side"),
+    "other size": (["--images", "a", "--reference", "large"], r"\(20, 20\), not \(16, 16\).*--side"),
+    "plot": (["--reference", "b", "--plot", "x.xyz"], "--plot x.xyz: name a .png file"),
     "corrupt": (["--images", "a", "--reference", "corrupt"], "corrupt/000003.png: not a whole picture"),
     "no folder": (["--images", "a", "--reference", "nowhere"], "nowhere"),
     "no pictures": (["--images", "a", "--reference", "empty"], "empty: no pictures"),

@@ -263,6 +263,11 @@ def test_broken_pictures_are_listed_skipped_and_counted(place, tmp_path, capsys)
         encode(place, tmp_path / "none", images=tmp_path / "pictures")
     with pytest.raises(UserError, match="no picture of it could be opened; encode others"):
         data.open_data(str(tmp_path / "none"))
+    before = sorted((tmp_path / "pictures").rglob("*"))
+    for out in (tmp_path / "pictures", tmp_path / "pictures" / "latents"):
+        with pytest.raises(UserError, match="pictures; give a folder outside of it"):
+            encode(place, out, images=tmp_path / "pictures")
+    assert sorted((tmp_path / "pictures").rglob("*")) == before
 
 
 def test_full_disk_loses_nothing_complete(place, moments, tmp_path):

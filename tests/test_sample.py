@@ -557,6 +557,15 @@ def test_a_folder_is_claimed_by_all_that_its_pictures_depend_on(run, tmp_path, r
     main([*map(str, argv), "--batch", "1"])  # this changes no picture
 
 
+def test_pictures_of_another_maker_are_neither_counted_nor_replaced(run, tmp_path, refused):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000000.png").write_text("mine")
+    argv = ["--checkpoint", run, "--device", "cpu", "--steps", 1, "-n", 2]
+    assert "holds files that sample.py did not" in refused(main, *argv, "--out", tmp_path / "mine")
+    assert [f.name for f in tmp_path.glob("mine*")] == ["mine"]
+    assert (tmp_path / "mine" / "000000.png").read_text() == "mine"
+
+
 def test_classes_in_another_order_are_other_pictures(run, tmp_path, refused):
     argv = [
         "--checkpoint",
@@ -622,6 +631,12 @@ def test_prompts_are_drawn_in_turn_and_written_beside_the_pictures(text_run, tmp
     assert data.open_data(str(tmp_path / "own"), side=4).captions is not None  # trains as it is
     record = json.loads((tmp_path / "own.json").read_text())
     assert record["text_encoder"] == "bytes"
+    main([*argv, "-n", "2", "--out", str(tmp_path / "own")])  # fewer: the other lines stay
+    assert len((tmp_path / "own" / "captions.jsonl").read_text().splitlines()) == 5
+    with pytest.raises(UserError, match="prompts: a list of texts"):
+        open_sampler(text_run, CPU, prompts="red apple")
+    with pytest.raises(UserError, match="precision fp16: one of"):
+        open_sampler(text_run, CPU, "fp16")
 
     file = tmp_path / "prompts.txt"
     file.write_text("red apple\nblue heart\n")
@@ -840,6 +855,7 @@ def test_missing_checkpoints_are_refused(tmp_path, monkeypatch, refused):
         ("-n 0 --out x", "-n/--num: '0'"),
         ("-n many --out x", "-n/--num: 'many'"),
         ("-n 3", "-n and --bench write many pictures; give --out FOLDER"),
+        ("--out folder.png", "--out folder.png: a grid is one .png file"),
         ("--out picture.jpg", "--out picture.jpg: a grid is one .png file; or give -n for many"),
         ("--device nowhere", "--device nowhere: not available; use --device cpu"),
         ("--seed -1", "--seed: '-1' must be a whole number, at least 0"),
@@ -865,6 +881,7 @@ def test_missing_checkpoints_are_refused(tmp_path, monkeypatch, refused):
 )
 def test_bad_arguments_are_refused(run, tmp_path, monkeypatch, refused, arguments, words):
     monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
     flags = arguments.split()
     device = [] if "--device" in flags else ["--device", "cpu"]
     assert words in refused(main, "--checkpoint", run, *device, *flags)

@@ -904,6 +904,9 @@ REFUSED = [
     ("--transport edm", "--tau tan (tau 'tan' is valid for t <= 1.571, not for 'edm'"),
     ("--transport edm --tau identity --shift_tokens 9", "--shift_tokens 9: needs times in [0, 1]"),
     (f"--seed {2**63}", f"--seed: '{2**63}' must be a whole number"),
+    ("--beta2 1", "--beta2 1: below 1"),
+    ("--data .", "lies in --data .; give another --runs"),
+    ("--data file", "--data file: no such folder or .tar"),
     ("--name a/b", "--name a/b: one folder name"),
     ("--name other --runs file", "Not a directory"),
     ("--name other --align 1", "features"),
@@ -944,6 +947,17 @@ def test_a_preset_gives_way_to_a_transport_without_mean_and_deviation():
         assert train.parse_config(["--transport", transport])[0].time_mean == mean
 
 
+def test_only_its_own_names_are_checkpoints_of_a_run(tmp_path):
+    """A copy that the user made is neither resumed from nor deleted, and other files do not matter."""
+    train.main(flags_of(tmp_path, "--steps", 1))
+    made = tmp_path / "run" / "checkpoints"
+    shutil.copytree(made / "step_00000001", made / "step_00000001_good")
+    (made / "step_notes.txt").write_text("")
+    train.main(flags_of(tmp_path, "--steps", 3, "--save_every", 1, "--keep", 1, "--keep_every", 9))
+    kept = ["step_00000001_good", "step_00000003", "step_notes.txt"]
+    assert sorted(file.name for file in made.iterdir()) == kept
+
+
 def test_settings_younger_than_a_run_do_not_stop_it(finished, tmp_path, refused):
     """Those of network and data, too; a long difference is cut in the message."""
     shutil.copytree(finished / "run", tmp_path / "run")
@@ -958,7 +972,7 @@ def test_settings_younger_than_a_run_do_not_stop_it(finished, tmp_path, refused)
     assert "was trained with data classes = ['none'" in said and len(said) < 900
 
 
-def test_a_stop_in_the_last_update_is_no_stop(tmp_path, capsys, monkeypatch):
+def test_a_stop_in_the_last_update_is_no_stop(tmp_path, capfd, monkeypatch):
     """Nothing is left to do, so nothing is asked for."""
     update = train.train_step
 
@@ -973,7 +987,8 @@ def test_a_stop_in_the_last_update_is_no_stop(tmp_path, capsys, monkeypatch):
     finally:
         for number, action in zip((signal.SIGTERM, signal.SIGINT), was):
             signal.signal(number, action)
-    assert "all 1 updates are done" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert "all 1 updates are done" in said.out and "again = end at once" in said.err
 
 
 def test_missing_tensorboard_leaves_nothing(tmp_path, refused, monkeypatch):
