@@ -955,6 +955,8 @@ def train(cfg: Config) -> None:
             data.say(f"{run.folder}: already at update {run.begin}; raise --steps to go on")
         elif stopped and done < cfg.steps:
             data.say(f"{run.folder}: stopped after update {done}, run again to go on")
+            if signal.SIGINT in stop:
+                raise KeyboardInterrupt  # status 130, so that `train.py && ...` does not go on
         else:
             first_rank(draw_curve, run.folder)
             samples = run.folder / "samples"
