@@ -339,6 +339,7 @@ def open_sampler(
     given    guidance, interval, strict, stochastic, shift: see `sampling_options`
     """
     model, transport, config = load(path)
+    device = torch.device(device)
     options, spec = sampling_options(config, **given), DataSpec.from_json(config["data"])
     dtype, texts = data.pick_dtype(device, precision), None
     record = options | {

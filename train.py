@@ -738,8 +738,9 @@ def start_from(model: TiM, cfg: Config) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        why = " ".join(str(error).split())[:400]
-        raise UserError(f"--init {cfg.init} does not fit the network: {why}") from error
+        way = "give the --size, --patch and kind of data that it was trained with"
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"--init {cfg.init} does not fit the network ({why}); {way}") from error
 
 
 def dry_run(cfg: Config, world_size: int) -> None:

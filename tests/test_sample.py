@@ -427,7 +427,7 @@ def test_noise_is_a_function_of_seed_and_index():
 
 
 def test_picture_i_is_the_same_in_any_batch(run):
-    sampler = open_sampler(run, CPU)
+    sampler = open_sampler(run, "cpu")
     conditions = [i % 5 for i in range(12)]
     whole = sampler.latents(range(12), conditions, 3, 0)
     for size in (1, 5):

@@ -905,6 +905,7 @@ REFUSED = [
     ("--transport edm --tau identity --shift_tokens 9", "--shift_tokens 9: needs times in [0, 1]"),
     (f"--seed {2**63}", f"--seed: '{2**63}' must be a whole number"),
     ("--beta2 1", "--beta2 1: below 1"),
+    ("--name other --init run --patch 1", "run does not fit the network (Error(s) in loading"),
     ("--data .", "lies in --data .; give another --runs"),
     ("--data file", "--data file: no such folder or .tar"),
     ("--name a/b", "--name a/b: one folder name"),
