@@ -959,7 +959,8 @@ def train(cfg: Config) -> None:
             if signal.SIGINT in stop:
                 raise KeyboardInterrupt  # status 130, so that `train.py && ...` does not go on
         else:
-            first_rank(draw_curve, run.folder)
+            if data.ranks()[0] == 0:
+                draw_curve(run.folder)
             samples = run.folder / "samples"
             data.say(f"{run.folder}: all {done} updates are done, samples in {samples}")
     finally:

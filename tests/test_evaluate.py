@@ -243,8 +243,8 @@ def test_a_data_set_is_read_as_it_is_and_in_part(tmp_path, monkeypatch):
     first, second = records(cache / "eval.jsonl")
     assert first["FID"] == second["FID"] and not list(cache.rglob("*.png"))
     assert first["reference_n"] == 50 and first["n"] == 20
-    spread = np.linspace(0, 1560, 50).round().astype(int).tolist()
-    assert set(decoded) == {*range(20), *spread}
+    spread = [*np.linspace(0, 1560, 50).round(), *np.linspace(0, 1560, 20).round()]
+    assert set(decoded) == set(map(int, spread))
     pixels = read(data.open_emoji(), [7], np.random.default_rng(0)).x
     want = data.Decoder(data.open_emoji().spec)(pixels)[0]
     again = evaluate.open_pictures("emoji", None)
@@ -478,6 +478,9 @@ def test_consistency_of_a_lone_file_of_captions(tmp_path):
 
 def test_clip_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(FileNotFoundError, match="captions.jsonl"):  # before a model is asked for
+        evaluate.main(["clip", "--images", str(tmp_path)])
+    (tmp_path / "captions.jsonl").write_text('{"image_file": "a.png", "captions": ["a"]}')
     with pytest.raises(UserError, match="pip install transformers"):
         evaluate.main(["clip", "--images", str(tmp_path)])
 
