@@ -43,6 +43,7 @@ from tqdm import tqdm
 DEMO = Path(__file__).parent / "demo"
 TORCHVISION = {"fashion": "FashionMNIST", "mnist": "MNIST"}
 TORCHVISION |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+NAMED = ("demo", "emoji", *TORCHVISION)
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 AUTOENCODERS = {  # name: path on the model hub, scale of network space
@@ -112,7 +113,7 @@ def number(kind, low, high, rule: str):
 
 
 LARGEST, LARGEST_INT = sys.float_info.max, 2**63 - 1
-positive_int = number(int, 1, LARGEST_INT, "a whole number, at least 1")
+positive_int = number(int, 1, LARGEST_INT, "a whole number, at least 1 and below 2^63")
 natural = number(int, 0, LARGEST_INT, "a whole number, at least 0 and below 2^63")
 positive_float = number(float, math.ulp(0), LARGEST, "a finite number above 0")
 non_negative_float = number(float, 0, LARGEST, "a finite number, at least 0")
@@ -455,7 +456,7 @@ def find_pictures(root) -> Found:
 
 class Captions:
     """Captions by number, one or several per picture. `null`, the number after the last, is that of
-    the empty caption, and so how many there are."""
+    the empty caption; it is also how many there are."""
 
     def __init__(self, lists):
         self.texts = [text for texts in lists for text in texts]
@@ -782,9 +783,8 @@ def open_data(path: str, side=0, features=False, mirror: bool | None = None) -> 
         done = len(list(folder.glob("latents_*.safetensors")))
         unfinished = (folder / "plan.json").is_file()
         require(not unfinished, f"--data {path}: encoding stopped after {done} shards; run it again")
-        names = ", ".join(["demo", "emoji", *TORCHVISION])
         there = path and (folder.is_dir() or (folder.is_file() and folder.suffix == ".tar"))
-        require(there, f"--data {path}: no such folder or .tar; give one, or one of {names}")
+        require(there, f"--data {path}: no such folder or .tar; give one, or one of {', '.join(NAMED)}")
         data = open_folder(folder, side or 64, mirror)
     require(len(data), f"--data {path}: no picture of it could be opened; encode others")
     n, last = len(data.spec.classes), data.labels.max()
@@ -801,8 +801,7 @@ def check_fits(spec: DataSpec, channels=0, side=0, classes=0, autoencoder="") ->
         asked["autoencoder"], found["autoencoder"] = autoencoder, spec.autoencoder
     for name, value in asked.items():
         rule = f"the data have {name} {found[name]}, the configuration asks for {value}"
-        way = f"other data, or --{'side' if name in ('height', 'width') else name} {found[name]}"
-        require(not value or value == found[name], f"{rule}; give {way}")
+        require(not value or value == found[name], f"{rule}; change either")
 
 
 # --- The stream -----------------------------------------------------------------------------------

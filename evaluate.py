@@ -70,7 +70,6 @@ def digest(*parts) -> str:
 
 # --- fid: pictures --------------------------------------------------------------------------------
 
-SETS = ("demo", "emoji", *data.TORCHVISION)
 INTEGER = data.positive_int
 FINITE = data.number(float, -data.LARGEST, data.LARGEST, "a finite number")
 
@@ -79,7 +78,7 @@ FINITE = data.number(float, -data.LARGEST, data.LARGEST, "a finite number")
 class FidConfig:
     """The flags of `fid`."""
 
-    reference: str = flag("", f"folder of pictures, .npz, or {', '.join(SETS)}", required=True)
+    reference: str = flag("", f"folder of pictures, .npz, or {', '.join(data.NAMED)}", required=True)
     reference_num: int | None = flag(None, "use this many of its pictures", INTEGER)
     images: str = flag("", "score this folder of pictures instead of a network")
     checkpoint: tuple = flag((), "default: the newest run", Path, nargs="+")
@@ -102,7 +101,8 @@ class FidConfig:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Pictures as uint8 RGB (3, H, W), resized and cropped to `side` as torch-fidelity does.
+    """Pictures as uint8 RGB (3, H, W), turned as EXIF says, resized and cropped to `side` as
+    torch-fidelity does.
 
     items  files, or what `read` turns into PIL images; `stamp` stands for what it reads from
     key    stands for the content; of files, by their names, sizes and times of change
@@ -116,7 +116,7 @@ class Pictures(torch.utils.data.Dataset):
         known = self.items
         if self.read is Image.open:
             known = [(str(f), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in known]
-        return f"{Path(self.name).stem}_{digest(self.name, known, self.side, self.stamp)}"
+        return f"{Path(self.name).stem}_{digest(self.name, known, self.side, self.stamp, 'upright')}"
 
     def part(self, indices) -> "Pictures":
         items = [self.items[i] for i in indices]
@@ -140,13 +140,14 @@ class Pictures(torch.utils.data.Dataset):
 
 def open_pictures(name: str, side: int | None) -> Pictures:
     """Those of a folder, at any depth, or of a data set."""
-    if name in SETS:
+    if name in data.NAMED:
         source = data.open_data(name, mirror=False)
         decode, rng = data.Decoder(source.spec), np.random.default_rng  # of which nothing is drawn
         read = lambda i: data.to_image(decode(source.read([i], rng(0)).x)[0])
         return Pictures(name, list(range(len(source))), side, read, source.fingerprint())
     files = sorted(f for f in Path(name).rglob("*") if f.suffix.lower() in data.PICTURES)
-    require(files, f"{name}: no pictures in it; give a folder of some, or one of {', '.join(SETS)}")
+    files = [f for f in files if not any(p[0] == "." for p in f.relative_to(name).parts)]
+    require(files, f"{name}: no pictures in it; give a folder of some, or one of {', '.join(data.NAMED)}")
     return Pictures(name, files, side)
 
 
@@ -220,6 +221,9 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
 
     metrics = {"fid": True}
     if len(real):
+        size, known = (tuple(p[0].shape[1:]) for p in (pictures, real))
+        rule = f"{pictures.name} holds pictures of {size}, {real.name} of {known}"
+        require(size == known, f"{rule} (height, width); give --side, or a --reference of that size")
         fewest = min(len(pictures), len(real))
         metrics |= {"kid": True, "prc": True, "isc": True}
         metrics["kid_subset_size"] = 1000 if fewest >= 1000 else fewest // 2  # all: no deviation
@@ -230,7 +234,7 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split(". ")[0].split())[:200]
         reason = reason or "statistics of another number of features"
-        way = "mixed sizes need --side; Inception without a network, --inception FILE of its form"
+        way = "mixed sizes need --side; offline, give --inception FILE in torch-fidelity's form"
         raise UserError(f"{pictures.name} against {real.name}: {reason}; {way}") from error
     if found.get("inception_score_std", 1) < 1e-9:
         del found["inception_score_mean"]  # weights without a classifier: its outputs are zero
@@ -289,7 +293,7 @@ def fid(cfg: FidConfig) -> None:
         pictures = open_pictures(cfg.images, cfg.side)
         n, known = cfg.num or len(pictures), len(pictures)
         require(10 <= n <= known, f"--num {n}: {cfg.images} holds {known}; at least 10")
-        folder = cfg.cache if cfg.images in SETS else Path(cfg.images)
+        folder = cfg.cache if cfg.images in data.NAMED else Path(cfg.images)
         row = {"row": Path(cfg.images).name, "steps": None, "NFE": None}
         pictures = pictures.part(np.linspace(0, known - 1, n).round().astype(int))
         add = open_table(cfg, n, device, tuple(pictures[0].shape[1:]))
@@ -315,7 +319,7 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
         way = "draw with sample.py --prompts_file FILE -n N, then fid --images"
         require(not sampler.texts, f"{path} was trained on text; {way}")
         if rank == 0 and not add:  # once it is known that there is something to score
-            size = tuple(side * sampler.spec.factor for side in sampler.spec.shape[1:])
+            size = tuple(side * sampler.decode.factor for side in sampler.spec.shape[1:])
             add = open_table(cfg, n, device, size)
         name = f"{path}, guidance {sampler.options['guidance']:g}"
         for steps in cfg.steps:

@@ -42,7 +42,7 @@ NO_CONDITION = -1  # stands for no class and no text where a condition is a numb
 
 def save(path: Path, state: dict[str, Tensor], config: dict) -> None:
     """One safetensors file of weights, with their configuration as metadata; whole or absent."""
-    aside = data.aside(path)
+    aside = path.with_name(f"{path.name}.tmp")
     state = {name: tensor.contiguous() for name, tensor in state.items()}
     with explain(Exception, f"{path}: cannot be written", "choose another folder"):
         save_file(state, aside, metadata={"tim": json.dumps(config)})
@@ -237,7 +237,7 @@ def generate(
         require(model.classes is not None, "a text network is guided by `null`, features of no text")
         null = torch.full_like(y, model.classes)
     f_of = network_f(model, transport)
-    low, high = interval
+    low, high = (round(end, 9) for end in interval)
 
     for k, (t, r) in enumerate(zip(times[:-1], times[1:])):
         fraction = round(float((t - transport.t_min) / (t_max - transport.t_min)), 9)
@@ -380,8 +380,8 @@ def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, f
     """
     rank, world_size = data.ranks()
     make_folder(folder)
-    ours = Path(f"{folder}.json").is_file() or not any(folder.iterdir())
-    require(ours, f"--out {folder}: holds files that sample.py did not write; give another")
+    ours = not any(folder.iterdir()) or Path(f"{folder}.json").is_file()  # a claim comes first
+    require(ours, f"{folder}: holds files, but there is no {folder}.json of them; give another --out")
     about = {"steps": steps, "seed": seed, "shape": list(sampler.spec.shape)}
     data.claim(Path(f"{folder}.json"), sampler.record | about)
     files = {}
@@ -402,7 +402,7 @@ def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, f
             writes = []
             for name, pictures in zip(todo, np.split(drawn, len(todo))):
                 picture = pictures[0]
-                if len(pictures) == 4:  # four jobs have this file name, of dpg
+                if len(pictures) == 4:  # dpg: four jobs share a file name
                     picture = data.grid(pictures.reshape(2, 2, *pictures.shape[1:]), gap=0)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 writes.append(pool.submit(data.write_picture, picture, folder / name))

@@ -202,7 +202,7 @@ def parse_config(argv=None) -> tuple[Config, int]:
     name, dry_run, world_size = (given.pop(k) for k in ("config", "dry_run", "world_size"))
     require(dry_run or world_size == 1, "--world_size: only with --dry_run; torchrun sets it")
     if given.get("data", preset.data) != preset.data and not preset.channels:
-        # other data than the preset's, which fixes no shape: what depends on them is found anew
+        # not the preset's data, and the preset fixes no shape: what depends on them is found anew
         known = Path(given["data"]).expanduser().resolve().name
         name = f"{known}_{name}" if known in PRESETS else known or name
         preset = replace(preset, patch=0, batch=0, sample_every=250)
@@ -242,7 +242,7 @@ def check(cfg: Config) -> Config:
     rule = f"needs times in [0, 1], not those of {cfg.transport!r}; use 0"
     require(unit or not cfg.shift_tokens, f"--shift_tokens {cfg.shift_tokens}: {rule}")
     if cfg.kernel != "constant":
-        with explain(ValueError, f"--tau {cfg.tau}", "give both flags"):
+        with explain(ValueError, f"--tau {cfg.tau}", "give either flag"):
             check_weight(transport, cfg.tau)
     return cfg
 
@@ -830,7 +830,9 @@ def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
     if cfg.data == "random":
         dataset = data.random_data((cfg.channels, cfg.side, cfg.side), cfg.classes)
     else:
-        inside = Path(cfg.data).resolve() in folder.resolve().parents
+        source = Path(cfg.data).expanduser()
+        own = cfg.data not in ("", *data.NAMED) and not (source / "meta.json").is_file()
+        inside = own and source.resolve() in folder.resolve().parents
         require(not inside, f"--runs {cfg.runs}: lies in --data {cfg.data}; give another --runs")
         if cfg.data in data.TORCHVISION:  # rank 0 may have to download it
             first_rank(data.open_data, cfg.data)
@@ -943,9 +945,10 @@ def train(cfg: Config) -> None:
     stop = []  # the signals seen
 
     def on_signal(number, frame):
-        os.write(2, b"\nstopping after this update, then saving; again = end at once\n")
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        with contextlib.suppress(OSError):  # nobody may be listening any more
+            os.write(2, b"\nstopping after this update, then saving; again = end at once\n")
 
     try:
         run = set_up(cfg, device, dtype)

@@ -317,6 +317,24 @@ def test_several_checkpoints_are_lines_of_one_plot(real, tmp_path, capsys):
     assert all(f"{path}, guidance 1" in out for path in paths)  # told apart by their whole path
 
 
+def test_the_size_of_a_network_is_compared_before_it_draws(real, tmp_path):
+    """That of the first before the floor, that of any other before its scores."""
+    path = checkpoint(tmp_path / "small")
+    small = pictures(tmp_path / "small_pictures", 30, 9, side=20)
+    with pytest.raises(UserError, match=r"\(20, 20\), not \(28, 28\).*--side"):
+        fid("--checkpoint", path, "--reference", small, "-n", 10, "--steps", 1)
+    assert not (path / "eval").exists()
+    drawn, known = (evaluate.open_pictures(str(folder), None) for folder in (real, small))
+    with pytest.raises(UserError, match=r"of \(28, 28\), .* of \(20, 20\)"):
+        evaluate.score(drawn, known, {})
+
+
+def test_hidden_files_are_no_pictures(tmp_path):
+    pictures(tmp_path / "all" / ".ipynb_checkpoints", 10, 1)
+    pictures(tmp_path / "all" / "a", 10, 2)
+    assert len(evaluate.open_pictures(str(tmp_path / "all"), None)) == 10
+
+
 def test_some_pictures_of_a_folder_are_spread_over_it(tmp_path, monkeypatch):
     """Not the first by name, which may be of one class."""
     pictures(tmp_path / "all" / "a", 10, 1)

@@ -16,8 +16,8 @@ BELOW = {  # stage: the stages it may import
     "train": {"transition", "model", "data", "sample"},
     "evaluate": {"transition", "model", "data", "sample", "train"},  # of train: what speed measures
 }
-LINES = {"transition": 340, "model": 360, "data": 1395, "sample": 609, "train": 980, "evaluate": 650}
-ALL_LINES, README_LINES, COLUMNS, WIDER = 4334, 200, 100, 0.02
+LINES = {"transition": 340, "model": 360, "data": 1394, "sample": 609, "train": 983, "evaluate": 654}
+ALL_LINES, README_LINES, COLUMNS, WIDER = 4340, 200, 100, 0.02
 TOP = {f"{stage}.py" for stage in BELOW} | {
     "README.md",
     "LICENSE",
