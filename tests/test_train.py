@@ -566,6 +566,17 @@ def test_a_signal_ends_with_a_checkpoint(tmp_path, ranks, number):
     assert int(saved.name[5:]) == max(losses(tmp_path / "run"))
 
 
+def test_a_signal_saves_although_nobody_reads_what_is_said(tmp_path):
+    """As where Ctrl-C also ends the `tee` behind a pipe."""
+    argv = command(tmp_path, "--steps", 100_000, "--save_every", 100_000)
+    process = subprocess.Popen(argv, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.stderr.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=100) == 0
+    assert len(train.checkpoints(tmp_path / "run")) == 1
+
+
 def test_a_second_interrupt_ends_at_once(tmp_path):
     code = """
 import sys, time, train
@@ -968,8 +979,11 @@ def test_settings_younger_than_a_run_do_not_stop_it(finished, tmp_path, refused)
     del record["data"]["prompts"], record["model"]["rope_layout"]
     file.write_text(json.dumps(record))
     train.main(flags_of(tmp_path, "--steps", 4))
-    file.write_text(json.dumps(record | {"data": record["data"] | {"classes": ["none"] * 1000}}))
+    file.write_text("{")
     shutil.rmtree(train.checkpoints(tmp_path / "run")[-1])
+    said = refused(train.main, *flags_of(tmp_path, "--steps", 4))
+    assert f"{file}: not valid JSON" in said
+    file.write_text(json.dumps(record | {"data": record["data"] | {"classes": ["none"] * 1000}}))
     said = refused(train.main, *flags_of(tmp_path, "--steps", 4))
     assert "was trained with data classes = ['none'" in said and len(said) < 900
 
