@@ -253,6 +253,7 @@ class TiM(nn.Module):
     depth, width, heads      of the transformer; adaln: hidden width of each block's modulation
     classes | caption        class-conditional with this many classes, or width of features of text
     predict                  what the output is read as, the paper's "f" or "x": `sample.network_f`
+    guide_range              (low, high): the network knows its guidance w, see `forward`
     shared_time              ablation: one time encoder for t and t - r
     interval_attention       False is the ablation without W_d
     rope_layout, rope_theta  see `rope_table`
@@ -264,7 +265,7 @@ class TiM(nn.Module):
     def __init__(
         self, channels, patch, depth, width, heads, adaln, classes=None, caption=None, predict="f",
         shared_time=False, interval_attention=True, rope_layout="grid", rope_theta=10000.0,
-        caption_mask=True, projector=None,
+        caption_mask=True, guide_range=None, projector=None,
     ):  # fmt: skip
         super().__init__()
         if (classes is None) == (caption is None):
@@ -274,9 +275,11 @@ class TiM(nn.Module):
         self.channels, self.patch, self.head = channels, patch, width // heads
         self.classes, self.predict, self.caption_mask = classes, predict, caption_mask
         self.rope_layout, self.rope_theta = rope_layout, rope_theta
+        self.guide_range = guide_range
         self.x_embedder = PatchEmbedder(channels, patch, width)
         self.t_embedder = TimeEmbedder(width)
         self.delta_embedder = None if shared_time else TimeEmbedder(width)
+        self.guide_embedder = TimeEmbedder(width) if guide_range else None
         if caption is None:
             self.y_embedder = LabelEmbedder(classes, width)
         else:
@@ -316,7 +319,8 @@ class TiM(nn.Module):
         x     (B, C, height, width), multiples of the patch; height and width may differ
         t, r  (B,) float32 or float64, r <= t, as the network sees them (the transport's c_noise)
         y     (B,) int64 in [0, classes], classes = no class; or features of text (B, L, caption),
-              alone or as a tuple with a mask (B, L) bool, True for real tokens
+              alone or as a tuple with a mask (B, L) bool, True for real tokens. With a guide_range a
+              tuple of that and the guidance w, (B,): the network then is the guided field of w
         raises  ValueError for a size off the patch, TypeError for times of less than fp32
         """
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
@@ -329,6 +333,9 @@ class TiM(nn.Module):
         rope = rope_table(h, w, self.head, self.rope_theta, self.rope_layout, x.device)
         d = (self.delta_embedder or self.t_embedder)((t - r).to(dtype))                     # (B, D)
         c = self.t_embedder(t.to(dtype)) + d
+        if self.guide_embedder is not None:
+            y, guidance = y
+            c = c + self.guide_embedder(guidance.to(dtype).log())
         text = mask = None
         if self.classes is not None:
             c = c + self.y_embedder(y)

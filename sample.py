@@ -162,10 +162,15 @@ def network_f(model: TiM, transport: Transport, texts=None):
     """
 
     def f(x_t, t, r, y, aligned=False):
+        w = None
+        if model.guide_range:
+            y, w = y
         if texts:
             y = texts(y)
         elif model.classes is not None:
             y = y.masked_fill(y < 0, model.classes)  # NO_CONDITION is the last row of the table
+        if w is not None:
+            y = (y, w)
         seen = x_t, transport.c_noise(t), transport.c_noise(r), y
         out, tokens = model(*seen, aligned=True) if aligned else (model(*seen), None)
         if model.predict == "x":
@@ -233,6 +238,11 @@ def generate(
         x = interpolate(transport, start, z, times[:1].float().to(z.device))
     rule = f"is for 'otfm', this network was trained on {transport.name!r}"
     require(not stochastic or transport.name == "otfm", f"--stochastic {stochastic:g} {rule}")
+    if model.guide_range:
+        low, high = model.guide_range
+        fits = guidance == 1 or low <= guidance <= high
+        require(fits, f"--guidance {guidance:g}: the network was trained with 1 and {low:g} to {high:g}")
+        y, guidance = (y, torch.full((len(z),), float(guidance), device=z.device)), 1.0
     if null is None and guidance != 1:
         require(model.classes is not None, "a text network is guided by `null`, features of no text")
         null = torch.full_like(y, model.classes)

@@ -95,6 +95,8 @@ class Config:
     adaptive: bool = flag(True, "divide each sample's loss by itself")
     guide_gt: float = flag(1.0, "guidance in the target: weight of the data's own target")
     guide_cond: float = flag(0.0, "guidance in the target: weight of the conditional prediction")
+    guide_range: tuple = flag((), "show the network its guidance, drawn between these two, or 1", FLOAT,
+        nargs=2, metavar=("LOW", "HIGH"))
     guide_low: float = flag(0.0, "guidance in the target from this fraction of the times", SHARE)
     guide_high: float = flag(1.0, "guidance in the target up to this fraction", SHARE)
     align: float = flag(0.0, "weight of the loss that aligns tokens with features", NOT_NEGATIVE)
@@ -223,7 +225,7 @@ def check(cfg: Config) -> Config:
         require(finite, f"--{name} {value}: not a finite number")
     total = cfg.share_diffusion + cfg.share_consistency
     require(total <= 1, f"--share_diffusion plus --share_consistency is {total:g}: at most 1")
-    guides = (cfg.guide_gt, cfg.guide_cond) != (1, 0)
+    guides = bool(cfg.guide_range) or (cfg.guide_gt, cfg.guide_cond) != (1, 0)
     require(cfg.drop or not guides, "guidance in the target needs a dropped condition: --drop 0.1")
     rule = "the guidance that is learned is --guide_gt / (1 - this); below 1"
     require(cfg.beta2 < 1, f"--beta2 {cfg.beta2:g}: below 1")
@@ -268,7 +270,9 @@ def objective(f, f_ema, transport: Transport, cfg: Config, batch: data.Batch, rn
     y = batch.y.masked_fill(dropped, NO_CONDITION)                                           # (B,)
     t, r = sample_times(transport, len(x), time_mixture(cfg, shape), rng)              # (B,), (B,)
     eps = torch.randn(shape, generator=rng, device=x.device)                         # (B, C, H, W)
-    if (cfg.guide_gt, cfg.guide_cond) != (1, 0):
+    if cfg.guide_range:
+        y = (y, draw_guidance(cfg, len(x), rng))
+    if cfg.guide_range or (cfg.guide_gt, cfg.guide_cond) != (1, 0):
         x, eps = guide(f_ema, transport, cfg, x, eps, t, y)
     df_dt = time_derivative(f, f_ema, transport, cfg, x, eps, t, r, y)
     target = transition_target(transport, x, eps, t, r, df_dt)
@@ -284,6 +288,13 @@ def objective(f, f_ema, transport: Transport, cfg: Config, batch: data.Batch, rn
     weight = time_weight(transport, t, r, cfg.tau, cfg.kernel, cfg.weight_sigma)
     loss = weight * (adaptive(raw) if cfg.adaptive else raw) + cfg.align * alignment
     return loss.mean(), raw.detach(), t, r, alignment.detach()
+
+
+def draw_guidance(cfg: Config, n: int, rng) -> torch.Tensor:
+    """w (n,): log-uniform over cfg.guide_range, a tenth of them 1."""
+    low, high = cfg.guide_range
+    u, one = torch.rand(2, n, generator=rng, device=rng.device)
+    return torch.where(one < 0.1, torch.ones_like(u), low * (high / low) ** u)
 
 
 def time_mixture(cfg: Config, shape) -> TimeMixture:
@@ -302,7 +313,8 @@ def time_derivative(f, f_ema, transport: Transport, cfg: Config, x, eps, t, r, y
     """
     df_dt = torch.zeros_like(x)
     moving = slice(fixed_diffusion(len(x), cfg.share_diffusion), None)  # see `sample_times`
-    x, eps, t, r, y = (v[moving] for v in (x, eps, t, r, y))
+    x, eps, t, r = (v[moving] for v in (x, eps, t, r))
+    y = tuple(v[moving] for v in y) if isinstance(y, tuple) else y[moving]
     if not len(x):
         return df_dt
     if cfg.tangent != "data":
@@ -319,15 +331,21 @@ def time_derivative(f, f_ema, transport: Transport, cfg: Config, x, eps, t, r, y
 @torch.no_grad()
 def guide(f_ema, transport: Transport, cfg: Config, x, eps, t, y):
     """(x, eps) of a guided residual, where t is in cfg's range and the condition not dropped."""
-    x_t, null, f_cond = interpolate(transport, x, eps, t), torch.full_like(y, NO_CONDITION), None
+    w_gt, number = cfg.guide_gt, y
+    if cfg.guide_range:
+        number, w = y
+        w_gt = expand(w * (1 - cfg.guide_cond), x)
+    null = torch.full_like(number, NO_CONDITION)
+    null = (null, w) if cfg.guide_range else null
+    x_t, f_cond = interpolate(transport, x, eps, t), None
     if cfg.guide_cond:
         s = cat(t, t)
         f_cond, f_null = f_ema(cat(x_t, x_t), s, s, cat(y, null)).chunk(2)
     else:
         f_null = f_ema(x_t, t, t, null)
-    pair = guided_pair(transport, x, eps, t, f_cond, f_null, cfg.guide_gt, cfg.guide_cond)
+    pair = guided_pair(transport, x, eps, t, f_cond, f_null, w_gt, cfg.guide_cond)
     fraction = (t - transport.t_min) / (transport.t_max - transport.t_min)
-    use = (y != NO_CONDITION) & (cfg.guide_low <= fraction) & (fraction <= cfg.guide_high)
+    use = (number != NO_CONDITION) & (cfg.guide_low <= fraction) & (fraction <= cfg.guide_high)
     return tuple(torch.where(expand(use, x), new, old) for new, old in zip(pair, (x, eps)))
 
 
@@ -510,7 +528,7 @@ def resume(run: Path, networks: Networks, record: dict) -> int:
     for part, free in (("train", FREE), ("model", set()), ("data", {"mean", "std"})):
         compared = sorted(record[part].keys() & old[part].keys() - free)
         for name in sorted(compared, key=lambda name: name != "precision"):  # h follows from it
-            was, now = old[part][name], record[part][name]
+            was, now = old[part][name], json.loads(json.dumps(record[part][name]))
             rule = f"{found[-1]} was trained with {part} {name} = {str(was)[:200]}"
             require(was == now, f"{rule}, not {str(now)[:200]}; set it back or use a new --name")
     same = old.get("fingerprint", record["fingerprint"]) == record["fingerprint"]
@@ -676,6 +694,8 @@ def network_arguments(cfg: Config, spec: DataSpec, features=None) -> dict:
     network |= {"caption": caption} if caption else {"classes": len(spec.classes)}
     for name in ("predict", "shared_time", "interval_attention", "rope_layout"):
         network[name] = getattr(cfg, name)
+    if cfg.guide_range:
+        network["guide_range"] = list(cfg.guide_range)
     if caption:
         network["caption_mask"] = cfg.caption_mask
     if cfg.align:
