@@ -1,12 +1,13 @@
-"""Pictures to latents to batches, and network space back to pictures.
+"""Pictures and captions to arrays to batches, and network space back to pictures.
 
-    torchrun --nproc_per_node=8 data.py encode --images imagenet/train --out latents  # or resume
-    python data.py encode --native --size 256 512 --images pictures --out latents     # in buckets
-    python data.py inspect latents                          # statistics, checksums, a contact sheet
+    python data.py prepare --images FOLDER --out SET                     # pixels, 64 x 64
+    torchrun --nproc_per_node=8 data.py prepare --images imagenet/train --out latents/imagenet256 \\
+        --autoencoder sd-vae --size 256                                  # again = go on
+    python data.py prepare --images FOLDER --out SET --autoencoder dc-ae --native --size 256 512
 
-A data set has a `spec`, which a checkpoint stores, and `read(indices, rng)`, which gives a `Batch`
-in network space (mean 0, deviation about 1). `batches` makes an endless stream of them, a function
-of (seed, step, slot). Reading uses numpy: torch would start more OpenMP threads in each thread.
+A data set is arrays and a record: pictures or latents, in memory or memory-mapped; classes or
+captions; a `Spec`. `batches` is an endless stream of their rows, a function of (seed, step, slot),
+and `network_space` makes of them what a network is trained on: mean 0, deviation about 1.
 """
 
 import argparse
@@ -17,55 +18,64 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tarfile
 import textwrap
+import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import count, zip_longest
+from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+
+if sys.version_info < (3, 11):
+    sys.exit(f"error: this is Python {sys.version.split()[0]}; 3.11 or newer is needed")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
 DEMO = Path(__file__).parent / "demo"
+PREPARED = Path("datasets")  # where folders of pictures are prepared, and torchvision downloads to
 TORCHVISION = {"fashion": "FashionMNIST", "mnist": "MNIST"}
 TORCHVISION |= {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-NAMED = ("demo", "emoji", *TORCHVISION)
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+PICTURES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif"}
+PICTURES |= {".tiff", ".ppm", ".pgm", ".jp2", ".tga"}
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of trainA, X_train_HR, VAL2017
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-AUTOENCODERS = {  # name: path on the model hub, scale of network space
+AUTOENCODERS = {  # name: path on the model hub, scale of its latents
     "sd-vae": ("stabilityai/sd-vae-ft-ema", 0.18215),
     "dc-ae": ("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", 0.41407),
 }
 BY_CHANNELS = {4: ("sd-vae", 8), 32: ("dc-ae", 32)}  # and pixels per latent position and side
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its channels
-CACHE = 2**30  # bytes of cropped pictures that a process keeps in memory
+CHUNK = 1024  # rows of a prepared set that are filled, or filled again, at once
 TILED = 1024**2  # pixels of a picture above which it is decoded in tiles
 GEMMA = "google/gemma-3-1b-it"  # the text encoder of the released weights
-BYTES = {"encoder": "bytes", "length": 64, "width": 128}  # the text encoder that needs no download
-TABLE = 4096  # up to this many captions are encoded once and kept on the device
-# indexed by 16 random bits it gives a normal number
-NORMAL = torch.special.ndtri((torch.arange(65536).double() + 0.5) / 65536).float().numpy()
+HASHES = {"encoder": "word_hashes", "length": 64, "width": 128}  # the one that needs no download
+TABLE = 4096  # captions of at most this many pictures are encoded once and kept on the device
 
 
-# --- Errors, arguments, processes, files ----------------------------------------------------------
+# --- Errors, arguments, randomness ----------------------------------------------------------------
 
 
 class UserError(Exception):
     """Something the user can put right. The message names the value, the rule and the way out."""
+
+
+class SaidByFirst(UserError):
+    """The same error on another rank than the first, which prints it."""
 
 
 def require(condition, message: str) -> None:
@@ -74,26 +84,31 @@ def require(condition, message: str) -> None:
 
 
 @contextmanager
-def explain(kind, rule: str, way: str):
-    """An error of this kind, or tuple of kinds, becomes a UserError: "RULE (its first line); WAY"."""
+def explain(kind, message: str):
+    """An error of this kind, or tuple of kinds, becomes a UserError: "MESSAGE (its first line)"."""
     try:
         yield
     except kind as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         why = lines[-1 if "Traceback" in str(error) else 0]  # torch's checkpoints quote theirs
-        raise UserError(f"{rule} ({why}); {way}") from error
+        raise UserError(f"{message} ({why})") from error
 
 
 def command(main) -> None:
     """Run a command. A UserError, or a file that cannot be read or written, is one line on stderr
-    and exit status 2; Ctrl-C is status 130."""
+    and exit status 2; Ctrl-C is status 130. Names that a terminal cannot show are escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+    except SaidByFirst:
+        sys.exit(2)
     except (UserError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second Ctrl-C does not wait for threads
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait for threads
         sys.exit(130)
 
 
@@ -105,7 +120,7 @@ def number(kind, low, high, rule: str):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:                    # nan is in no range
+        if not low <= value <= high:  # nan is in no range
             raise argparse.ArgumentTypeError(f"{text!r} must be {rule}")
         return value
 
@@ -117,19 +132,18 @@ positive_int = number(int, 1, LARGEST_INT, "a whole number, at least 1 and below
 natural = number(int, 0, LARGEST_INT, "a whole number, at least 0 and below 2^63")
 positive_float = number(float, math.ulp(0), LARGEST, "a finite number above 0")
 non_negative_float = number(float, 0, LARGEST, "a finite number, at least 0")
+finite = number(float, -LARGEST, LARGEST, "a finite number")
 share = number(float, 0, 1, "a number from 0 to 1")
 
 
 def flag(default, text: str, kind=None, **how):
-    """A field of a record of flags: default, help, the type of a value, keywords of add_argument."""
+    """A field of a record of flags: default, help, type of a value, keywords of add_argument."""
     return field(default=default, metadata={"help": text, "type": kind, **how})
 
 
 def add_flags(parser, record, groups=None) -> None:
-    """A flag per field of a record, whose values are the defaults; what is not given is not in the result.
-
-    groups  {first field: title} of the parts of --help
-    """
+    """A flag per field of a record, whose values are the defaults; what is not given is not in the
+    result. groups: {first field: title} of the parts of --help."""
     group = parser
     for f in fields(record):
         if f.name in (groups or {}):
@@ -149,15 +163,83 @@ def add_flags(parser, record, groups=None) -> None:
 
 
 def rng(*key: int, device="cpu") -> torch.Generator:
-    """A generator that is a function of the key alone, e.g. (seed, index). Zeros at its end count for
-    nothing: (0, 5, 0) is (0, 5)."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state) >> 1)
+    """A generator that is a function of the whole key alone, e.g. (seed, index). Zeros at its end
+    count for nothing: (0, 5, 0) is (0, 5)."""
+    low, high = [k % 2**32 for k in key], [k >> 32 for k in key]  # words: (2^32,) is not (0, 1)
+    sequence = np.random.SeedSequence(low, spawn_key=high if any(high) else ())
+    generator = torch.Generator(device)
+    if generator.device.type != "cpu":
+        return generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
+    # manual_seed takes 32 bits alone on the CPU, and of 50,000 samples two are equal. So the words
+    # of its Mersenne twister are set: 624 of 64 bits, behind 24 bytes, each with a value of 32
+    state = generator.manual_seed(0).get_state()
+    state[24 : 24 + 8 * 624].numpy().view(np.uint64)[:] = sequence.generate_state(624)
+    return generator.set_state(state)
+
+
+# --- Processes and devices ------------------------------------------------------------------------
 
 
 def ranks() -> tuple[int, int]:
-    """(rank, world_size), from torchrun's environment."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, world_size) from torchrun's environment: RANK and WORLD_SIZE both, else one process."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def connect(device: torch.device) -> None:
+    """Join the ranks that torchrun started, if it did. Objects go over gloo, also with GPUs."""
+    if ranks()[1] > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # others wait while rank 0 lists a folder or scores; torchrun ends all where one dies
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+
+
+def everyone(value) -> list:
+    """The value of each rank, on every rank."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def first_rank(action, *args):
+    """What action(*args) returns on rank 0, on every rank; the others wait. Its error is raised on
+    all of them, so that none hangs."""
+    problem = result = None
+    if ranks()[0] == 0:
+        try:
+            result = action(*args)
+        except Exception as error:
+            problem = error
+    if problem and not isinstance(problem, (OSError, UserError)):
+        raise problem  # a fault of the code, with its traceback; torchrun ends the others
+    said = [(problem and str(problem), result)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(said)
+    message, result = said[0]
+    if problem:
+        raise UserError(message) from problem
+    if message is not None:
+        raise SaidByFirst(message)
+    return result
+
+
+def say(message: str, stream=None) -> None:
+    """A line on stdout or another stream, from the first process only. That nobody reads it any
+    more, a closed terminal or the `tee` behind a pipe, ends nothing."""
+    stream = stream or sys.stdout
+    if ranks()[0] == 0:
+        try:
+            print(message, file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def note(message: str) -> None:
+    """A line on stderr, from the first process only."""
+    say(f"note: {message}", sys.stderr)
 
 
 def open_device(name: str = "auto") -> torch.device:
@@ -166,9 +248,10 @@ def open_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if cuda else "cpu"
         if mps and not cuda:
-            say("note: auto takes the CPU; --device mps is not yet measured", sys.stderr)
+            note("auto takes the CPU; --device mps is not yet measured")
     kind, _, index = name.partition(":")
-    index = index or os.environ.get("LOCAL_RANK", "0")
+    own = os.environ.get("LOCAL_RANK", "0") if ranks()[1] > 1 else "0"
+    index = index or own
     available = kind == "cpu" or (kind == "cuda" and cuda) or (kind == "mps" and mps)
     require(available and index.isdigit(), f"--device {name}: not available; use --device cpu")
     if kind != "cuda":
@@ -188,10 +271,11 @@ def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
     return torch.bfloat16 if asked == "bf16" else torch.float32
 
 
-def say(message: str, stream=None) -> None:
-    """A line on stdout or another stream, from the first process only."""
-    if ranks()[0] == 0:
-        print(message, file=stream, flush=True)
+def to_device(tensor: Tensor, device) -> Tensor:
+    """Without waiting where that is safe: from pinned memory to CUDA; other devices wait."""
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def in_threads(function, jobs, threads: int, ahead: int = 0):
@@ -208,54 +292,120 @@ def in_threads(function, jobs, threads: int, ahead: int = 0):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def aside(path) -> Path:
-    """A name beside `path` that nothing else uses. It is written, then renamed to `path`."""
-    return Path(path).with_name(f"{Path(path).name}.{uuid.uuid4().hex}.tmp")
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path):
+    """A name beside `path` to write to; it becomes `path` if all goes well, else it is removed."""
+    temporary = Path(path).with_name(f"{Path(path).name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    if os.name == "nt" and Path(path).is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path, text: str) -> None:
-    temporary = aside(path)
-    temporary.write_bytes(text.encode())
-    os.replace(temporary, path)
+    """Complete or not there, and on the disk."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode())
+        sync(temporary)
 
 
 def read_json(path) -> dict:
-    with explain(ValueError, f"{path}: not valid JSON", "restore or delete it"):
+    with explain(ValueError, f"{path}: not valid JSON; restore or delete it"):
         return json.loads(Path(path).read_text("utf-8"))
 
 
 def claim(file, record: dict) -> None:
-    """Write the settings that the files of a folder depend on. UserError if others are there already."""
-    file, temporary = Path(file), aside(file)
-    temporary.write_bytes(json.dumps(record, indent=1).encode())
-    try:
-        os.link(temporary, file)                        # fails if the file is there
-    except OSError:
-        if not file.exists():                           # a file system without links
-            os.replace(temporary, file)
-    temporary.unlink(missing_ok=True)
-    record, found = json.loads(json.dumps(record)), read_json(file)
+    """Write the settings that the files of a folder depend on. UserError if others are there."""
+    file, record = Path(file), json.loads(json.dumps(record))
+    if not file.exists():
+        write_text(file, json.dumps(record, indent=1))
+    found = read_json(file)
     for key in record | found:
         old, new = found.get(key), record.get(key)
-        if isinstance(old, list) and isinstance(new, list) and old != new:
-            old, new = next((a, b) for a, b in zip_longest(old, new) if a != b)
-        way = "use the same, give another --out, or delete both that file and its folder"
-        require(old == new, f"{file} was written with {key} = {old}, not {new}; {way}")
+        require(old == new, f"{file} was written with {key} = {old}, not {new}; use the same, give "
+                "another --out, or delete both that file and its folder")  # fmt: skip
 
 
-def digest_file(path) -> str:
-    """The first 16 hex digits of the file's SHA-256."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+def lock(folder: Path) -> list:
+    """Own a folder as long as this process lives: the lock goes with it, however it ends. Returns
+    the open file, to be closed, on rank 0. UserError, on all, if another process owns the folder."""
+    held = []
+    first_rank(lambda: held.append(take_lock(folder)))
+    return held
 
 
-# --- Pictures and captions on disk ----------------------------------------------------------------
+def take_lock(folder: Path):
+    file = (folder / "lock").open("a+")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"{folder}: another process writes there; wait for its end, or give another "
+                        "--name") from None  # fmt: skip
+    except OSError as error:
+        note(f"{folder}: no locks on this file system ({error}); start no second process on it")
+    return file
+
+
+def check_shared(folder: Path) -> None:
+    """UserError, on all ranks, where they do not see the same folder."""
+    token = first_rank(lambda: uuid.uuid4().hex)
+    file = folder / f"token.{token}"
+    first_rank(lambda: file.write_text(token))
+    for _ in range(5):
+        seen = all(everyone(file.is_file()))
+        if seen:
+            break
+        time.sleep(1)
+    first_rank(lambda: file.unlink(missing_ok=True))
+    first_rank(require, seen, f"{folder.absolute()}: not the same folder on all nodes; the ranks need "
+               "a shared one")  # fmt: skip
+
+
+def printable(text: str) -> str:
+    """A name with what is not text in it (surrogates of a file name in another encoding) as ?."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def read_text(raw: bytes, where: str) -> str:
+    """Text in UTF-8, or in what its mark says. UserError for another encoding."""
+    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    with explain(UnicodeError, f"{where}: not text in UTF-8; save it as UTF-8"):
+        text = raw.decode(encoding).replace("\r\n", "\n")
+        if "\0" in text:
+            raise UnicodeError("there are zeros between its letters: UTF-16 or UTF-32 without a mark")
+        return text
+
+
+# --- Pictures in folders --------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
     """A file in a folder, or in a tar, where it has an offset and the path `inside` the tar."""
 
-    name: str                                           # from the root; a tar counts as a folder
+    name: str  # from the root; a tar counts as a folder
     file: str
     offset: int = 0
     size: int = -1
@@ -263,58 +413,116 @@ class Entry(NamedTuple):
 
     def read(self) -> bytes:
         """A failing disk is a UserError: a set must not shrink because a mount is gone."""
-        failed = explain(OSError, f"{self.file}: cannot be read", "check the disk")
+        failed = explain(OSError, f"{self.file}: cannot be read; check the disk")
         with failed, open(self.file, "rb") as stream:
             stream.seek(self.offset)
             return stream.read(self.size)
 
 
+def walk(root: Path) -> list[str]:
+    """The files of a folder, links followed; each folder once, and real ones before links to them.
+    What a link repeats, or leads nowhere with, is named on stderr."""
+    folders, links, seen, files, wrong = [str(root)], [], set(), [], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        place = os.path.realpath(folder)
+        if place in seen:
+            wrong.append(folder)
+            continue
+        seen.add(place)
+        for item in sorted(os.scandir(folder), key=lambda item: item.name):
+            if item.is_dir():
+                (links if item.is_symlink() else folders).append(item.path)
+            elif item.is_file():
+                files.append(item.path)
+            else:
+                wrong.append(item.path)
+    if wrong:
+        note(f"{root}: {len(wrong)} links lead nowhere, or to a folder that is read already: "
+             f"{printable(wrong[0])}")  # fmt: skip
+    return files
+
+
 def list_files(root) -> list[Entry]:
-    """The files of a tar, or of a folder and its tars, by name, but no hidden ones. Nothing is
-    unpacked."""
-    root, found, paths = Path(root), {}, [Path(root)]
-    if root.is_dir():
-        folders = os.walk(root, followlinks=True)
-        paths = [Path(folder, name) for folder, _, names in folders for name in names]
-    for path in paths:
+    """The files of a tar, or of a folder and its tars, by name. Nothing is unpacked."""
+    root, found = Path(root), {}
+    for path in map(Path, walk(root) if root.is_dir() else [root]):
         name = path.relative_to(root).as_posix()
-        if path != root and path.suffix != ".tar":
+        if path != root and path.suffix.lower() != ".tar":
             found[name] = Entry(name, str(path))
             continue
         folder = "" if path == root else name[:-4] + "/"
-        rule, way = f"{path}: not a complete, uncompressed tar", "download it again or unpack it"
-        with explain(tarfile.TarError, rule, way), tarfile.open(path, mode="r:") as tar:
+        failed = explain(tarfile.TarError, f"{path}: not a complete, uncompressed tar; unpack it")
+        with failed, tarfile.open(path, mode="r:") as tar:
             members = [(m, m.name.removeprefix("./")) for m in tar if m.isfile()]
+            links = [m.name for m in tar if not (m.isfile() or m.isdir())]
+            if not 0 < path.stat().st_size - tar.offset <= 2**20:  # zeros; tarfile does not look
+                raise tarfile.TarError("it does not end where its last file does")
+        if links:
+            note(f"{path}: {len(links)} links in it are not read, such as {printable(links[0])}")
         for m, inside in members:
             found[folder + inside] = Entry(folder + inside, str(path), m.offset_data, m.size, inside)
-    hidden = lambda name: any(part.startswith(".") for part in name.split("/"))
-    return [found[name] for name in sorted(found) if not hidden(name)]
+    return [found[name] for name in sorted(found)]
+
+
+def list_pictures(root) -> tuple[list[Entry], list[Entry]]:
+    """The pictures of a folder or tar, the one listing that training and FID see; and its other
+    files. What is hidden is named, if it is pictures, and left out."""
+    pictures, others, files = [], [], list_files(root)
+    hidden = [e for e in files if any(part.startswith(".") for part in e.name.split("/"))]
+    say_unread(root, [e for e in hidden if os.path.splitext(e.name)[1].lower() in PICTURES])
+    for entry in sorted(set(files) - set(hidden)):
+        picture = os.path.splitext(entry.name)[1].lower() in PICTURES
+        (pictures if picture else others).append(entry)
+    require(pictures, f"{root}: no pictures in it; expected files such as .png and .jpg")
+    return pictures, others
+
+
+def say_unread(root, entries: list[Entry]) -> None:
+    """Name by suffix, with their number, the files that lie there and are not read."""
+    kinds = Counter(os.path.splitext(e.name)[1] or PurePosixPath(e.name).name for e in entries)
+    if kinds:
+        shown = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(12))
+        note(f"{root}: not read: {printable(shown)}, such as {printable(entries[0].name)}")
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+ORIENTATION = 0x0112  # the tag of EXIF that says how to turn a picture
 
 
 @contextmanager
-def decoder(file):
-    """A picture as Pillow opens it. An error of any type becomes a ValueError, with the same words on
-    every rank: Pillow names a buffer by its address."""
+def pillow(file):
+    """A picture as Pillow opens it. An error of any type becomes a ValueError, with the same words
+    on every rank: Pillow names a buffer by its address."""
     try:
         with Image.open(file) as picture:
             yield picture
+    except MemoryError:
+        raise
     except Exception as error:
         text = re.sub(r" <_io\.BytesIO[^>]*>", "", str(error))
         raise ValueError(f"{type(error).__name__}: {text}") from error
 
 
-def open_picture(file, upright: bool = False) -> Image.Image:
-    """A path or binary stream as an RGB picture; transparency is composited on white.
-
-    upright  turned as its EXIF says; `encode` of squares ignores EXIF, as ADM does.
-    raises   ValueError if it cannot be decoded.
-    """
-    with decoder(file) as picture:
-        picture = ImageOps.exif_transpose(picture) if upright else picture
+def open_picture(file, upright: bool = True) -> Image.Image:
+    """A path or binary stream as an RGB picture, transparency composited on white: the one way in
+    which training, FID and CLIP open one. upright: turned as its EXIF says. ValueError if it is not
+    whole, or has no known white."""
+    with pillow(file) as picture:
+        picture.load()
+        turn = TURNS.get(picture.getexif().get(ORIENTATION)) if upright else None
+        picture = picture if turn is None else picture.transpose(turn)
         if picture.mode == "F":
             raise ValueError("floating-point pictures have no known white")
-        if picture.mode.startswith("I"):                # 16-bit grey, which `convert` would clip
-            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+        if picture.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
+            grey = np.asarray(picture)
+            if 0 < grey.max() < 2**14:  # values of 12 bits, say: 16 levels would be left
+                raise ValueError(f"16-bit, but none above {grey.max()}: nearly black; scale it to 65535")
+            picture = Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8))
         elif picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -324,23 +532,28 @@ def open_picture(file, upright: bool = False) -> Image.Image:
 def crop(picture: Image.Image, height: int, width: int = 0) -> np.ndarray:
     """uint8 (3, height, width): halved while possible, scaled to cover it, the centre cut out.
 
-    As ADM (Dhariwal and Nichol 2021) does, whose statistics others compare with.
+    As ADM (Dhariwal and Nichol 2021) does, whose statistics others compare with. Of a picture that
+    is many times as long as wide, the centre is cut out before it is scaled: memory is ordinary.
     """
     width = width or height
     while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.BOX)
     scale = max(width / picture.width, height / picture.height)
+    long_w, long_h = math.ceil(8 * width / scale), math.ceil(8 * height / scale)
+    if picture.width > long_w or picture.height > long_h:
+        w, h = min(picture.width, long_w), min(picture.height, long_h)
+        left, top = (picture.width - w) // 2, (picture.height - h) // 2
+        picture = picture.crop((left, top, left + w, top + h))
     w, h = (round(s * scale) for s in picture.size)
     left, top = (w - width) // 2, (h - height) // 2
     picture = picture.resize((w, h), Image.BICUBIC).crop((left, top, left + width, top + height))
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
-def open_cropped(entry: Entry, size, upright: bool = False) -> tuple[np.ndarray | None, str]:
+def open_cropped(entry: Entry, size) -> tuple[np.ndarray | None, str]:
     """uint8 (3, *size) and "", or None and why it cannot be decoded."""
-    raw = io.BytesIO(entry.read())
     try:
-        return crop(open_picture(raw, upright), *size), ""
+        return crop(open_picture(io.BytesIO(entry.read())), *size), ""
     except ValueError as error:
         return None, str(error)
 
@@ -355,79 +568,84 @@ def label_pictures(root, pictures: list[Entry]) -> tuple[list[str], np.ndarray]:
     if len(flat) == len(paths):
         return ["pictures"], np.zeros(len(paths), np.int64)
     require(not flat, f"{root}: {flat[:1]} lies beside the class folders; move it into one")
-    names, labels = np.unique([path[depth] for path in paths], return_inverse=True)
-    classes = names.tolist()
-    splits = len(classes) > 1 and {name.lower() for name in classes} <= SPLITS
-    way = f"give one of them, such as {Path(root) / classes[0]}"
-    require(not splits, f"{root}: the folders {', '.join(classes)} are splits, not classes; {way}")
-    return classes, labels
+    classes, labels = np.unique([path[depth] for path in paths], return_inverse=True)
+    words = [{word.lower() for word in WORD.findall(name)} & SPLITS for name in classes.tolist()]
+    several = len({word[:2] for word in set().union(*words)}) > 1  # kinds of split, such as te(sting)
+    splits = (several and 2 * sum(map(bool, words)) >= len(words)) or (len(words) > 1 and all(words))
+    shown = printable(", ".join(classes[:4]))
+    require(not splits, f"{root}: the folders {shown} are splits of a set, not classes; give one of "
+            f"them, such as {Path(root, *paths[0][:depth], classes[0])}")  # fmt: skip
+    numbered = all(re.fullmatch(r"(part|shard)?\W?\d{4,}", name.lower()) for name in classes.tolist())
+    if len(classes) > 1 and (numbered or any(words)):
+        note(f"{root}: are {shown} classes? Folders of such names are often parts of one set")
+    return [printable(name) for name in classes.tolist()], labels
 
 
-def parse_caption(line: bytes) -> tuple[str, list[str]]:
+def parse_caption(line: str) -> tuple[str, list[str]]:
     """A line of captions.jsonl {image_file, captions} or metadata.jsonl {file_name, text}."""
-    record = json.loads(line.decode("utf-8-sig"))
+    record = json.loads(line)
     name = record["file_name"] if "file_name" in record else record["image_file"]
-    keys = ("captions", "text", "caption", "prompt")
-    texts = next((record[key] for key in keys if key in record), None)
+    texts = record["captions"] if "captions" in record else record["text"]
     texts = [texts] if isinstance(texts, str) else texts
-    valid = texts and isinstance(texts, list) and all(isinstance(t, str) for t in [name, *texts])
-    if not valid:
+    if not (texts and isinstance(texts, list) and all(isinstance(t, str) for t in [name, *texts])):
         raise ValueError("the name must be a string, the captions a string or a list of some")
-    "".join(texts).encode()                             # ValueError: half a surrogate pair
+    "".join(texts).encode()  # ValueError: half a surrogate pair
     return name, texts
 
 
 def read_captions(raw: bytes, file: str) -> dict[str, list[str]]:
-    """Lines of captions as {picture: captions}. Broken ones are listed and skipped."""
-    found, faults = {}, []
-    for number, line in enumerate(raw.split(b"\n"), 1):  # splitlines() would also cut at U+2028
-        try:
-            if line.strip():
-                name, texts = parse_caption(line)
-                found[name] = texts
-        except (ValueError, KeyError, TypeError) as error:
-            faults.append(f"  line {number}: {type(error).__name__}: {error}")
-    example = '{"image_file": "a.png", "captions": ["a text", ...]}'
-    why = faults[0].strip() if faults else "it is empty"
-    require(found, f"{file}: no line has the form {example}; {why}")
-    if faults:
-        say("\n".join([f"{file}: {len(faults)} broken lines are skipped", *faults[:20]]), sys.stderr)
-    return found
-
-
-def read_sidecar(entry: Entry) -> str:
-    """The caption in a .txt, or under "caption" in a .json; "" if there is none."""
-    try:
-        text = entry.read().decode("utf-8-sig")
-        return (json.loads(text)["caption"] if entry.name.endswith(".json") else text).strip()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return ""
-
-
-def find_captions(root, files: list[Entry], pictures: list[Entry]) -> dict[str, list[str]]:
-    """{picture: captions}, of the first source that exists: captions.jsonl, metadata.jsonl (names
-    are relative to its folder), texts beside the pictures, NAME.txt or else NAME.json."""
-    for title in ("captions.jsonl", "metadata.jsonl"):
-        found = {}
-        for table in (f for f in files if PurePosixPath(f.name).name == title):
-            folder = table.name.removesuffix(title)
-            for name, texts in read_captions(table.read(), table.file).items():
-                found[folder + name] = texts
-        if found:
-            some = any(p.name in found for p in pictures)
-            require(some, f"{title} names none of the pictures, but {list(found)[:3]}")
-            return found
-    names = {os.path.splitext(p.name)[0]: p.name for p in pictures}
-    beside = [f for f in files if f.name.endswith((".json", ".txt"))]
-    beside = [f for f in beside if os.path.splitext(f.name)[0] in names]
+    """Lines of captions as {picture: captions}; lines of one picture add up. UserError for the
+    first line that is not one."""
     found = {}
-    for file, text in zip(beside, in_threads(read_sidecar, beside, 16)):
-        if text:                                        # files are sorted: NAME.txt comes later
-            found[names[os.path.splitext(file.name)[0]]] = [text]
-    rule = f"texts lie beside {len(found)} of {len(pictures)} pictures, too few for captions"
-    few = 0 < len(found) < len(pictures) / 2
-    require(not few, f"{root}: {rule}; remove them, or the pictures without one")
+    for n, line in enumerate(read_text(raw, file).split("\n"), 1):  # splitlines() cuts at U+2028
+        if line.strip():
+            rule = f'{file}, line {n}: not of the form {{"image_file": "a.png", "captions": ["a text"]}}'
+            with explain((ValueError, KeyError, TypeError), f"{rule}; mend or remove it"):
+                name, texts = parse_caption(line)
+            found.setdefault(name, []).extend(texts)
+    require(found, f"{file}: it is empty; write a line per picture")
     return found
+
+
+def without_empty(root, captions: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Pictures with captions that say something; the others are named by their number."""
+    kept = {name: [t for t in texts if t.strip()] for name, texts in captions.items()}
+    empty = [name for name, texts in kept.items() if len(texts) < len(captions[name])]
+    if empty:
+        note(f"{root}: empty captions of {len(empty)} pictures are left out, such as of {printable(empty[0])}")
+    return {name: texts for name, texts in kept.items() if texts}
+
+
+def find_captions(root, pictures, others) -> tuple[dict[str, list[str]], list[Entry]]:
+    """{picture: captions} of the first source that exists: captions.jsonl, metadata.jsonl (names
+    are relative to its folder), NAME.txt beside NAME.jpg; and the other files that are left."""
+    known = {p.name for p in pictures}
+    for title in ("captions.jsonl", "metadata.jsonl"):
+        tables = [f for f in others if PurePosixPath(f.name).name == title]
+        found = {}
+        for table in tables:
+            folder = table.name.removesuffix(title)
+            for name, texts in read_captions(table.read(), f"{root}/{table.name}").items():
+                found.setdefault(folder + name, []).extend(texts)
+        if found:
+            absent = [name for name in found if name not in known]
+            require(len(absent) < len(found), f"{root}: {title} names none of the pictures, but "
+                    f"{absent[:3]}; names are relative to its folder")  # fmt: skip
+            if absent:
+                note(f"{root}: {len(absent)} lines of {title} name no picture there: {absent[0]!r}")
+            return without_empty(root, found), [f for f in others if f not in tables]
+    stems = {os.path.splitext(p.name)[0]: p.name for p in pictures}
+    beside = [f for f in others if f.name.lower().endswith(".txt") and f.name[:-4] in stems]
+    read = lambda f: read_text(f.read(), f"{root}/{f.name}").strip()
+    texts = {stems[f.name[:-4]]: [text] for f, text in zip(beside, in_threads(read, beside, 16))}
+    texts = without_empty(root, texts)
+    require(len(texts) == 0 or 2 * len(texts) >= len(pictures), f"{root}: texts lie beside "
+            f"{len(texts)} of {len(pictures)} pictures, too few for captions; remove them, or the "
+            "pictures without one")  # fmt: skip
+    words = any(re.search(r"[^\W\d_]", text) for (text,) in texts.values())
+    require(words or not texts, f"{root}: the texts beside the pictures are numbers, no captions "
+            "(boxes of objects?); remove them")  # fmt: skip
+    return texts, sorted(set(others) - set(beside))
 
 
 class Found(NamedTuple):
@@ -438,370 +656,293 @@ class Found(NamedTuple):
     labels: np.ndarray
     captions: list[list[str]]
 
+    def digest(self, *more) -> str:
+        """16 hex digits of names, sizes, labels and captions, wherever they lie."""
+        sizes = [p.size if p.size >= 0 else os.stat(p.file).st_size for p in self.pictures]
+        names = [p.name for p in self.pictures]
+        record = json.dumps([names, sizes, self.labels.tolist(), self.classes, self.captions, more])
+        return hashlib.sha256(record.encode()).hexdigest()[:16]
+
 
 def find_pictures(root) -> Found:
-    """The pictures of a folder or tar. If any has a caption, those without are left out."""
-    files = list_files(root)
-    pictures = [f for f in files if os.path.splitext(f.name)[1].lower() in PICTURES]
-    require(pictures, f"{root}: no pictures; expected a folder of them per class, or captions")
-    texts = find_captions(root, files, pictures)
+    """The pictures of a folder or tar. If any has a caption, those without are left out, with a
+    note; so is all that is not read. UserError where labels lie there in another form."""
+    pictures, others = list_pictures(root)
+    for file in others:
+        name = PurePosixPath(file.name).name
+        labels = name == "dataset.json" or name.endswith(".cls")
+        require(not labels, f"{root}: the labels are in {name}, which is not read; move the pictures "
+                "into a folder per class")  # fmt: skip
+    texts, others = find_captions(root, pictures, others)
+    say_unread(root, others)
     if not texts:
         return Found(pictures, *label_pictures(root, pictures), [])
     kept = [p for p in pictures if p.name in texts]
-    without = len(pictures) - len(kept)
-    if without:
-        say(f"{root}: {without} of {len(pictures)} pictures have no text, left out", sys.stderr)
+    if len(kept) < len(pictures):
+        note(f"{root}: {len(pictures) - len(kept)} of {len(pictures)} pictures have no text: left out")
     return Found(kept, [], np.arange(len(kept)), [texts[p.name] for p in kept])
-
-
-class Captions:
-    """Captions by number, one or several per picture. `null`, the number after the last, is that of
-    the empty caption; it is also how many there are."""
-
-    def __init__(self, lists):
-        self.texts = [text for texts in lists for text in texts]
-        self.ends = np.cumsum([len(texts) for texts in lists])
-        self.null = len(self.texts)
-
-    def __getitem__(self, number: int) -> str:
-        return "" if number == self.null else self.texts[number]
-
-    def digest(self) -> str:
-        raw = [text.encode() for text in self.texts]
-        cuts = np.cumsum([0, *map(len, raw)])
-        content = b"".join(raw) + cuts.tobytes() + self.ends.tobytes()
-        return hashlib.sha256(content).hexdigest()[:16]
-
-    def draw(self, pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The number of one caption of each picture."""
-        first = np.where(pictures > 0, self.ends[pictures - 1], 0)
-        return first + rng.integers(self.ends[pictures] - first)
 
 
 # --- Data sets ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class DataSpec:
+class Spec:
     """What a network must know of its data. It is stored in checkpoints."""
 
-    kind: str                                           # "pixels", "latents" or "random"
-    shape: tuple[int, ...]                              # (C, H, W)
-    mean: float = 0.0                                   # of pixels
+    kind: str  # "pixels", "latents" or "random"
+    shape: tuple[int, ...]  # (C, H, W)
+    mean: float = 0.0  # network space is (stored - mean) / std, of pixels and of latents
     std: float = 1.0
     classes: tuple[str, ...] = ()
     autoencoder: str = ""
-    scale: float = 1.0                                  # network space is (latent - shift) * scale
-    shift: float = 0.0
-    factor: int = 1                                     # pixels per latent position and side
-    buckets: tuple[tuple[int, int], ...] = ()           # (H, W) of a native set, in network space
-    text: dict | None = None                            # encoder, length, width, captions (digest)
-    prompts: tuple[str, ...] = ()                       # for sample grids
+    factor: int = 1  # pixels per latent position and side
+    buckets: tuple[tuple[int, int], ...] = ()  # (H, W) of a native set, in network space
+    text: dict | None = None  # encoder, length, width
+    prompts: tuple[str, ...] = ()  # for sample grids
 
     def to_json(self) -> dict:
         return json.loads(json.dumps(asdict(self)))
 
     @staticmethod
-    def from_json(record: dict) -> "DataSpec":
-        values = {f.name: record[f.name] for f in fields(DataSpec) if f.name in record}
+    def from_json(record: dict) -> "Spec":
+        values = {f.name: record[f.name] for f in fields(Spec) if f.name in record}
         for key in ("shape", "classes", "prompts"):
             values[key] = tuple(values.get(key, ()))
         values["buckets"] = tuple(tuple(size) for size in values.get("buckets", ()))
-        return DataSpec(**values)
+        if "scale" in record and record["kind"] == "latents":  # as the second edition wrote it
+            values |= {"mean": record.get("shift", 0.0), "std": 1 / record["scale"]}
+        return Spec(**values)
 
 
-@dataclass(frozen=True)
-class Batch:
-    x: Tensor                                           # (B, C, H, W) float32, network space
-    y: Tensor                                           # (B,) int64, class or caption number
-    features: Tensor | None = None                      # (B, N, F) float32
+class Captions:
+    """The texts of picture i, captions[i], are a line of JSON, read where it lies: in memory or in
+    a mapped file. lines: uint8; offsets: (n + 1,) of the lines."""
 
-    def to(self, device) -> "Batch":
-        parts = [part for part in (self.x, self.y, self.features) if part is not None]
-        if torch.device(device).type == "cuda":
-            parts = [part.pin_memory() for part in parts]
-        return Batch(*(part.to(device, non_blocking=True) for part in parts))
+    def __init__(self, lines: np.ndarray, offsets: np.ndarray):
+        self.lines, self.offsets = lines, offsets
+
+    @staticmethod
+    def of(lists: list[list[str]]) -> "Captions":
+        lines = [json.dumps({"captions": texts}).encode() + b"\n" for texts in lists]
+        offsets = np.cumsum([0, *map(len, lines)])
+        return Captions(np.frombuffer(b"".join(lines), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> list[str]:
+        return json.loads(bytes(self.lines[self.offsets[i] : self.offsets[i + 1]]))["captions"]
+
+    @property
+    def texts(self) -> list[str]:
+        """All of them, in order: of a small set."""
+        return [text for i in range(len(self)) for text in self[i]]
+
+
+class Batch(NamedTuple):
+    """Rows as they are stored, and their classes or one caption of each."""
+
+    x: Tensor  # (B, C, H, W), uint8 pixels, or float16 latents: C means, or C means, C deviations
+    y: Tensor | list[str]
+    pixels: Tensor | None = None  # (B, 3, H, W) uint8, of the pictures behind latents
 
 
 @dataclass
 class DataSet:
-    """A source of arrays, and the labels or captions that belong to them."""
+    """Arrays and a record. Rows count on over the arrays, one of each size."""
 
-    spec: DataSpec
-    labels: np.ndarray                                  # (n,) int64, class or number of the picture
-    load: Callable                                      # (indices, rng) -> x, features, indices read
-    captions: Captions | None = None
-    contents: list[str] | None = None                   # names or digests, for the fingerprint
-    buckets: list[range] | None = None                  # indices that can be read together
-    features_shape: tuple[int, int] | None = None       # (N, F)
+    spec: Spec
+    arrays: list[np.ndarray]  # each (n, C, H, W), or (n, 2, C, H, W) of picture and mirror image
+    labels: np.ndarray  # (n,) class, or number of the captions; -1: the row is left out
+    captions: Captions | None
+    mirror: bool  # half of the pictures are read as their mirror images
+    fingerprint: str  # of what the set holds, wherever it lies
+    pixels: list[np.ndarray] | None = None  # uint8 (n, 3, H, W), with --pixels
 
     def __post_init__(self):
-        self.labels = self.labels.astype(np.int64)
-        self.buckets = self.buckets or [range(len(self.labels))]
+        self.labels = np.asarray(self.labels, np.int64)
+        self.starts = np.cumsum([0, *map(len, self.arrays)])
+        self.rows = np.flatnonzero(self.labels >= 0)
+        ends = np.searchsorted(self.rows, self.starts).tolist()
+        self.buckets = [range(a, b) for a, b in zip(ends, ends[1:])]  # indices of one size each
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rows)
 
     def read(self, indices, rng: np.random.Generator) -> Batch:
-        """Pictures of one bucket, with a random view and a random caption of each."""
-        x, features, indices = self.load(np.asarray(indices), rng)
-        y = self.labels[indices]
-        if self.captions is not None:
-            y = self.captions.draw(y, rng)
-        return Batch(*(torch.from_numpy(part) for part in (x, y, features) if part is not None))
+        """Pictures of one size, each as it is or mirrored, each with one of its captions."""
+        rows = self.rows[indices]
+        k = int(np.searchsorted(self.starts, rows[0], side="right")) - 1
+        inside, flip = rows - self.starts[k], rng.integers(2, size=len(rows)) * self.mirror
+        sources = [self.arrays[k], self.pixels[k]] if self.pixels else [self.arrays[k]]
+        x, *pixels = (torch.from_numpy(pick_views(array, inside, flip)) for array in sources)
+        labels = self.labels[rows]
+        if self.captions is None:
+            return Batch(x, torch.from_numpy(labels), *pixels)
+        texts = [self.captions[i] for i in labels.tolist()]
+        return Batch(x, [t[rng.integers(len(t))] for t in texts], *pixels)
 
     def describe(self) -> str:
-        """One line: the number of pictures, and their classes or captions."""
+        """One line: the number of pictures, those left out, and their classes or captions."""
+        out = len(self.labels) - len(self.rows)
+        number = f"{len(self):,} pictures" + (f" ({out:,} left out)" if out else "")
         if self.captions is not None:
-            return f"{len(self):,} pictures with {self.captions.null:,} captions"
+            return f"{number} with captions"
         classes = self.spec.classes
-        counts = zip(classes[:10], np.bincount(self.labels, minlength=len(classes)))
-        shown = ", ".join(f"{name} {n:,}" for name, n in counts)
+        counts = np.bincount(self.labels[self.rows], minlength=len(classes))
+        shown = ", ".join(f"{name} {n:,}" for name, n in zip(classes[:10], counts))
         more = ", ..." if len(classes) > 10 else ""
-        return f"{len(self):,} pictures of {len(classes)} classes: {shown}{more}"
-
-    def fingerprint(self) -> str:
-        """16 hex digits of what the set holds, wherever it lies: labels, captions, and pixels, digests
-        of shards or, of pictures in files, their names."""
-        captions = self.captions.digest() if self.captions is not None else ""
-        record = json.dumps([self.contents, self.spec.classes, captions])
-        return hashlib.sha256(record.encode() + self.labels.tobytes()).hexdigest()[:16]
+        return f"{number} of {len(classes)} classes: {shown}{more}"
 
 
-class PictureFiles:
-    """Pictures in files or tars, cropped when first asked for and kept, up to CACHE bytes of them.
-
-    A picture that cannot be decoded is named once on stderr; the next one takes its place.
-    """
-
-    def __init__(self, entries: list[Entry], side: int):
-        self.entries, self.side = entries, side
-        self.cache, self.broken = {}, set()             # threads share them
-
-    def find(self, index: int) -> tuple[np.ndarray, int]:
-        """uint8 (3, side, side) of this picture or the next that can be decoded, and its index."""
-        n = len(self.entries)
-        for k in (i % n for i in range(index, index + n)):
-            if k in self.cache:
-                return self.cache[k], k
-            if k in self.broken:
-                continue
-            entry = self.entries[k]
-            picture, why = open_cropped(entry, (self.side, self.side), upright=True)
-            if not why:
-                if (len(self.cache) + 1) * picture.nbytes <= CACHE:
-                    self.cache[k] = picture
-                return picture, k
-            if k not in self.broken:                    # as another thread may have said so
-                self.broken.add(k)
-                print(f"{entry.file}: {entry.name} is skipped: {why}", file=sys.stderr)
-        file = self.entries[0].file
-        raise UserError(f"{file}: none of {n} pictures can be opened; give other files")
-
-    def take(self, indices) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (B, 3, side, side), and the indices of what was read."""
-        pictures, found = zip(*(self.find(int(i)) for i in indices))
-        return np.stack(pictures), np.array(found)
+def pick_views(array: np.ndarray, rows: np.ndarray, flip: np.ndarray) -> np.ndarray:
+    """Rows of an array, mirrored where flip is 1: stored so, or turned here."""
+    if array.ndim == 5:
+        return array[rows, flip]
+    x = array[rows]
+    x[flip == 1] = x[flip == 1][..., ::-1]
+    return x
 
 
-def load_pixels(take, spec: DataSpec, mirror: bool, indices, rng):
-    """What take(indices) gives, in network space, half of it mirrored if asked for."""
-    pixels, indices = take(indices)
-    x = (pixels.astype(np.float32) - np.float32(spec.mean)) / np.float32(spec.std)
-    if mirror:
-        x = np.where(rng.random((len(x), 1, 1, 1)) < 0.5, x[..., ::-1], x)
-    return x, None, indices
-
-
-def pixel_spec(some: np.ndarray, classes=(), prompts=()) -> DataSpec:
-    """With mean and deviation of some of the pictures, uint8 (n, C, H, W)."""
-    mean, std = float(some.mean()), float(some.std()) or 1.0
-    return DataSpec("pixels", some.shape[1:], mean, std, tuple(classes), prompts=prompts)
+def network_space(x: Tensor, spec: Spec, rng: torch.Generator) -> Tensor:
+    """Stored rows (B, ...) on any device -> float32 (B, C, H, W), mean 0, deviation about 1; drawn
+    from the posterior where its deviation is stored."""
+    x = x.float()
+    if x.shape[1] == 2 * spec.shape[0] and spec.kind == "latents":
+        mean, std = x.chunk(2, 1)
+        x = mean + std * torch.randn(mean.shape, generator=rng, device=x.device)
+    return (x - spec.mean) / spec.std
 
 
 def in_memory(pixels, labels, classes=(), captions=None, mirror=False, prompts=()) -> DataSet:
-    """uint8 (n, C, H, W) as a data set."""
-    spec = pixel_spec(pixels[:: max(1, len(pixels) // 10000)], classes, prompts)
-    load = partial(load_pixels, lambda indices: (pixels[indices], indices), spec, mirror)
-    return DataSet(spec, labels, load, captions, [hashlib.sha256(pixels.tobytes()).hexdigest()])
+    """uint8 (n, C, H, W) as a data set, with captions as a list of texts per picture."""
+    some = pixels[:: max(1, len(pixels) // 10000)]
+    mean, std = float(some.mean()), float(some.std()) or 1.0
+    spec = Spec("pixels", pixels.shape[1:], mean, std, tuple(classes), prompts=prompts)
+    record = json.dumps([hashlib.sha256(pixels.tobytes()).hexdigest(), list(classes), captions])
+    labels = np.asarray(labels, np.int64)
+    digest = hashlib.sha256(record.encode() + labels.tobytes()).hexdigest()[:16]
+    return DataSet(spec, [pixels], labels, captions and Captions.of(captions), mirror, digest)
 
 
-def open_demo(mirror: bool) -> DataSet:
+def open_demo() -> DataSet:
     """The first 10,000 training pictures of Fashion-MNIST, in the repository as one PNG."""
     info = read_json(DEMO / "fashion.json")
     sprite = np.asarray(Image.open(DEMO / "fashion.png")).reshape(100, 28, 100, 28)
     pixels = sprite.transpose(0, 2, 1, 3).reshape(10000, 1, 28, 28)
-    labels = np.array([int(digit) for digit in info["labels"]])
-    return in_memory(pixels, labels, info["classes"], mirror=mirror)
+    return in_memory(pixels, [int(digit) for digit in info["labels"]], info["classes"])
 
 
-def open_emoji(held_out: bool = False, mirror: bool = False) -> DataSet:
+def open_emoji(held_out: bool = False) -> DataSet:
     """1,600 Noto emoji, 32 x 32, captioned with their names, less those held out; or only those."""
     info = read_json(DEMO / "emoji.json")
     names = [name for name, *_ in info["name, emoji, group"]]
     kept = [i for i, name in enumerate(names) if (name in info["held_out"]) == held_out]
     sprite = np.asarray(Image.open(DEMO / "emoji.png")).reshape(25, 32, 64, 32, 3)
     pixels = sprite.transpose(0, 2, 4, 1, 3).reshape(1600, 3, 32, 32)[kept]
-    captions = Captions([[names[i]] for i in kept])
     prompts = ("red apple", "blue heart", "sun", "cat face", "panda")
     prompts += ("orange heart", "purple circle", "green square")
-    return in_memory(pixels, np.arange(len(kept)), (), captions, mirror, prompts)
+    captions = [[names[i]] for i in kept]
+    return in_memory(pixels, range(len(kept)), captions=captions, prompts=prompts)
 
 
-def open_torchvision(name: str, mirror: bool | None) -> DataSet:
+def open_torchvision(name: str) -> DataSet:
     """fashion, mnist, cifar10 or cifar100 from datasets/, downloaded there the first time."""
-    with explain(ImportError, f"--data {name} needs torchvision", "pip install torchvision"):
-        from torchvision import datasets
+    from torchvision import datasets
+
     kind, cifar = getattr(datasets, TORCHVISION[name]), name.startswith("cifar")
     files = [kind.filename] if cifar else [file for file, _ in kind.resources]
-    folder = "datasets" if cifar else f"datasets/{kind.__name__}/raw"
+    folder = PREPARED if cifar else PREPARED / kind.__name__ / "raw"
     way = f"connect to the network once, or put {', '.join(files)} into {folder}"
-    with explain(Exception, f"--data {name}: not available", way):  # of the network or of the disk
-        source = kind("datasets", train=True, download=ranks()[0] == 0)  # see train.set_up
+    if not cifar:
+        way += ", unpacked: the .gz of another packer have other checksums"
+    fetch = partial(kind, str(PREPARED), train=True)
+
+    def download():
+        with explain(Exception, f"--data {name}: not available; {way}"):  # of the network or the disk
+            fetch(download=True)
+
+    first_rank(download)
+    source = fetch()
     labels = torch.as_tensor(source.targets).numpy()
     if cifar:
-        pixels = source.data.transpose(0, 3, 1, 2)
-        return in_memory(pixels, labels, source.classes, mirror=mirror is not False)
+        pixels = np.ascontiguousarray(source.data.transpose(0, 3, 1, 2))
+        return in_memory(pixels, labels, source.classes, mirror=True)
     classes = read_json(DEMO / "fashion.json")["classes"] if name == "fashion" else "0123456789"
-    return in_memory(source.data.numpy()[:, None], labels, classes, mirror=bool(mirror))
+    return in_memory(source.data.numpy()[:, None], labels, classes)
 
 
-def open_folder(root: Path, side: int, mirror: bool | None) -> DataSet:
-    """Pictures in files. Class folders are mirrored; captions may tell left from right."""
-    found = find_pictures(root)
-    files, n = PictureFiles(found.pictures, side), len(found.pictures)
-    some = np.linspace(0, n - 1, min(n, 256)).astype(int).tolist()  # spread over all classes
-    some = np.stack([picture for picture, _ in in_threads(files.find, some, 8)])
-    spec = pixel_spec(some, found.classes)
-    captions = Captions(found.captions) if found.captions else None
-    mirror = not captions if mirror is None else mirror
-    load = partial(load_pixels, files.take, spec, mirror)
-    return DataSet(spec, found.labels, load, captions, [p.name for p in found.pictures])
-
-
-def open_shard(path):
-    rule, way = f"{path}: not a complete safetensors file", "delete it and encode again"
-    with explain(SafetensorError, rule, way):
-        return safe_open(path, "numpy")
-
-
-class Shards:
-    """One tensor that runs on over many safetensors files, which stay memory-mapped."""
-
-    def __init__(self, folder: Path, shards: list[dict], name: str):
-        files = [open_shard(folder / shard["file"]) for shard in shards]
-        self.slices = [file.get_slice(name) for file in files]
-        self.shapes = [rows.get_shape() for rows in self.slices]
-        self.starts = np.cumsum([0, *(shape[0] for shape in self.shapes)])
-        self.labels = np.concatenate([file.get_tensor("labels") for file in files])
-
-    def read(self, indices, half) -> np.ndarray:
-        """(B,) indices, (B,) 0 for the picture or 1 for its mirror image -> (B, ...) float16."""
-        shards = np.searchsorted(self.starts, indices, side="right") - 1
-        rows = zip(shards.tolist(), (indices - self.starts[shards]).tolist(), half.tolist())
-        return np.stack([self.slices[shard][row, h] for shard, row, h in rows])
-
-
-def load_latents(latents: Shards, features: Shards | None, spec, mirror: bool, indices, rng):
-    """Of the picture or its mirror image, drawn from the posterior if that is stored."""
-    half = rng.integers(2, size=len(indices)) * mirror
-    z = latents.read(indices, half).astype(np.float32)  # (B, C or 2 C, h, w)
-    if z.shape[1] == 2 * spec.shape[0]:
-        z, std = np.split(z, 2, axis=1)
-        bits = rng.integers(2**64, size=-(-z.size // 4), dtype=np.uint64).view(np.uint16)
-        z = z + std * NORMAL.take(bits[: z.size]).reshape(z.shape)
-    x = (z - np.float32(spec.shift)) * np.float32(spec.scale)
-    if features is None:
-        return x, None, indices
-    return x, features.read(indices, half).astype(np.float32), indices
-
-
-def open_latents(folder: Path, want_features: bool, mirror: bool | None) -> DataSet:
-    """A set that `encode` wrote. Those of classes are mirrored; captions may tell left from right."""
-    meta = read_json(folder / "meta.json")
-    latents = Shards(folder, meta["shards"], "latents")
-    n, starts = len(latents.labels), latents.starts.tolist()
-    rule = f"{n} labels, meta.json says {meta['count']}; encode it again"
-    require(n == starts[-1] == meta["count"], f"{folder}: {rule}")
-    buckets = {}                                        # {(H, W): range}, one after the other
-    for shape, start, end in zip(latents.shapes, starts, starts[1:]):
-        if end > start:
-            size = tuple(shape[-2:])
-            first = buckets[size].start if size in buckets else start
-            buckets[size] = range(first, end)
-    meta["buckets"] = list(buckets) if "buckets" in meta else []
-    spec, captions, features, features_shape = DataSpec.from_json(meta), None, None, None
-    if not spec.classes:
-        file = folder / "captions.jsonl"
-        texts = read_captions(file.read_bytes(), str(file))
-        rule = f"captions of {len(texts)} pictures, not of {meta['pictures']}"
-        require(len(texts) == meta["pictures"], f"{file}: {rule}; restore what encode wrote")
-        captions = Captions(texts.values())
-    if want_features and "features" in meta:
-        features = Shards(folder, meta["features"]["shards"], "features")
-        same = np.array_equal(features.starts, latents.starts)
-        require(same, f"{folder}: features of other pictures; delete features_* and encode again")
-        features_shape = tuple(features.shapes[0][2:])
-    contents = [shard.get("sha256", shard["file"]) for shard in meta["shards"]]
-    mirror = bool(spec.classes) if mirror is None else mirror
-    load, ranges = partial(load_latents, latents, features, spec, mirror), list(buckets.values())
-    return DataSet(spec, latents.labels, load, captions, contents, ranges, features_shape)
+SETS = {"demo": open_demo, "emoji": open_emoji}
+SETS |= {name: partial(open_torchvision, name) for name in TORCHVISION}
 
 
 def random_data(shape, classes: int) -> DataSet:
     """Noise, to run a preset without data; with captions if there are no classes."""
     require(all(shape), "--data random: give --channels, --side, and --classes if not captions")
-    texts = [[f"picture {i}, " + "noise " * (i % 64)] for i in range(2 * TABLE)]
-    spec = DataSpec("random", tuple(shape), classes=tuple(str(i) for i in range(classes)))
-    labels = np.arange(1_281_167) % (classes or len(texts))
-
-    def load(indices, rng):
-        return rng.standard_normal((len(indices), *shape), np.float32), None, indices
-
-    return DataSet(spec, labels, load, None if classes else Captions(texts))
+    n, source = 1024, np.random.default_rng(0)
+    x = source.standard_normal((n, *shape), np.float32)
+    captions = [[f"picture {i}, take {k} " + "noise " * (i % 64) for k in range(8)] for i in range(n)]
+    spec = Spec("random", tuple(shape), classes=tuple(str(i) for i in range(classes)))
+    labels = np.arange(n) % (classes or n)
+    return DataSet(spec, [x], labels, None if classes else Captions.of(captions), False, "random")
 
 
-def open_data(path: str, side=0, features=False, mirror: bool | None = None) -> DataSet:
-    """A data set by name or path.
+def open_prepared(folder: Path) -> DataSet:
+    """A set that `prepare` wrote, memory-mapped. Those of classes are mirrored; captions may tell
+    left from right."""
+    meta = read_json(folder / "meta.json")
+    require("sizes" in meta, f"{folder}: a set of the second edition of this project; prepare it again")
+    with explain((OSError, ValueError), f"{folder}: not a whole set; delete it and prepare it again"):
+        open_all = lambda name: [
+            np.load(folder / f"{name}_{h}x{w}.npy", mmap_mode="r") for h, w in meta["sizes"]
+        ]
+        arrays, labels = open_all("x"), np.load(folder / "labels.npy")
+        pixels, captions = open_all("pixels") if meta["pixels"] else None, None
+        if meta["captions"]:
+            lines = np.memmap(folder / "captions.jsonl", np.uint8, "r")
+            captions = Captions(lines, np.load(folder / "offsets.npy", mmap_mode="r"))
+    spec = Spec.from_json(meta["spec"])
+    return DataSet(spec, arrays, labels, captions, not captions, meta["fingerprint"], pixels)
 
-    path      demo, emoji, fashion, mnist, cifar10, cifar100; a folder that `encode` wrote; a folder
-              or tar of pictures, in a folder per class or with captions (see `find_captions`).
-    side      of pictures in files, after the centre crop (default 64).
-    features  read() then gives the features that `encode --features` stored.
-    mirror    half of them as mirror images; None: those of CIFAR and of class folders.
+
+def open_data(path: str, side: int = 0, mirror: bool | None = None) -> DataSet:
+    """A data set by name or path; all ranks call it.
+
+    path    a name in SETS; a folder that `prepare` wrote; or a folder or tar of pictures, in a
+            folder per class or with captions (see `find_captions`), which is prepared once
+    side    of pictures in files, after the centre crop (default 64)
+    mirror  half of them as mirror images; None: those of CIFAR and of class folders
     """
     folder = Path(path).expanduser()
-    if path == "demo":
-        data = open_demo(bool(mirror))
-    elif path == "emoji":
-        data = open_emoji(mirror=bool(mirror))
-    elif path in TORCHVISION:
-        data = open_torchvision(path, mirror)
-    elif (folder / "meta.json").is_file():
-        data = open_latents(folder, features, mirror)
+    if path in SETS:
+        found = SETS[path]()
+    elif path and first_rank((folder / "plan.json").is_file):
+        require((folder / "meta.json").is_file(), f"--data {path}: preparing it has not ended; run "
+                "the same `data.py prepare` again")  # fmt: skip
+        found = open_prepared(folder)
     else:
-        done = len(list(folder.glob("latents_*.safetensors")))
-        unfinished = (folder / "plan.json").is_file()
-        require(not unfinished, f"--data {path}: encoding stopped after {done} shards; run it again")
-        there = path and (folder.is_dir() or (folder.is_file() and folder.suffix == ".tar"))
-        require(there, f"--data {path}: no such folder or .tar; give one, or one of {', '.join(NAMED)}")
-        data = open_folder(folder, side or 64, mirror)
-    require(len(data), f"--data {path}: no picture of it could be opened; encode others")
-    n, last = len(data.spec.classes), data.labels.max()
-    require(not n or last < n, f"--data {path}: label {last} beyond the {n} classes; encode it again")
-    require(not features or data.features_shape, f"--data {path} has no features; encode --features")
-    return data
+        there = path and (folder.is_dir() or (folder.is_file() and folder.suffix.lower() == ".tar"))
+        first_rank(require, there, f"--data {path}: no such folder or .tar; give one, or one of "
+                   f"{', '.join(SETS)}")  # fmt: skip
+        found = open_prepared(prepare_folder(folder, side or 64))
+    if mirror is not None:
+        found.mirror = mirror
+    n = len(found.spec.classes)
+    require(len(found), f"--data {path}: no picture of it could be opened; prepare others")
+    require(not n or found.labels.max() < n, f"--data {path}: a label beyond the {n} classes")
+    return found
 
 
-def check_fits(spec: DataSpec, channels=0, side=0, classes=0, autoencoder="") -> None:
-    """raises UserError where the data differ from what is asked for; 0 and "" ask for nothing."""
+def check_fits(spec: Spec, channels=0, side=0, classes=0, autoencoder="") -> None:
+    """UserError where the data differ from what is asked for; 0 and "" ask for nothing."""
     asked = {"channels": channels, "height": side, "width": side, "classes": classes}
     found = dict(zip(asked, [*spec.shape, len(spec.classes)]))
-    if spec.kind != "random":                           # noise stands for any latents
+    if spec.kind != "random":  # noise stands for any latents
         asked["autoencoder"], found["autoencoder"] = autoencoder, spec.autoencoder
     for name, value in asked.items():
-        rule = f"the data have {name} {found[name]}, the configuration asks for {value}"
-        require(not value or value == found[name], f"{rule}; change either")
+        require(not value or value == found[name], f"the data have {name} {found[name]}, the "
+                f"configuration asks for {value}; change either")  # fmt: skip
 
 
 # --- The stream -----------------------------------------------------------------------------------
@@ -828,54 +969,55 @@ def epoch_batches(buckets: tuple, sizes: tuple, seed: int, epoch: int) -> list[n
     return [parts[i] for i in rng.permutation(len(parts))]
 
 
-def native_sizes(data: DataSet, batch: int, patch: int) -> tuple[int, ...]:
+def native_sizes(dataset: DataSet, batch: int, patch: int) -> tuple[int, ...]:
     """How many pictures of each bucket have at most as many tokens as `batch` of spec.shape."""
-    budget = batch * math.prod(side // patch for side in data.spec.shape[1:])
-    tokens = [math.prod(side // patch for side in size) for size in data.spec.buckets]
-    return tuple(min(len(bucket), max(1, budget // n)) for bucket, n in zip(data.buckets, tokens))
+    budget = batch * math.prod(side // patch for side in dataset.spec.shape[1:])
+    tokens = [math.prod(side // patch for side in size) for size in dataset.spec.buckets]
+    return tuple(min(len(bucket), max(1, budget // n)) for bucket, n in zip(dataset.buckets, tokens))
 
 
-def batches(data: DataSet, batch: int, seed: int, slots: list[int], of: int, start=0, patch=1):
+def batches(dataset: DataSet, batch: int, seed: int, slots: list[int], of: int, start=0, patch=1):
     """Endless stream of `Batch`, one per step and slot, from step `start` on, read in threads.
 
-    batch  pictures; of a native set, as many as have the tokens of `batch` of spec.shape at most.
-    slots  the micro-batches of this process in a step; `of` is their number over all processes.
+    batch  pictures; of a native set, as many as have the tokens of `batch` of spec.shape at most
+    slots  the micro-batches of this process in a step; `of` is their number over all processes
     """
-    buckets = tuple(data.buckets)
-    sizes = native_sizes(data, batch, patch) if data.spec.buckets else ()
+    full = [k for k, bucket in enumerate(dataset.buckets) if len(bucket)]  # of others all is left out
+    buckets, sizes = tuple(dataset.buckets[k] for k in full), ()
+    if dataset.spec.buckets:
+        sizes = tuple(native_sizes(dataset, batch, patch)[k] for k in full)
     per_epoch = sum(len(bucket) // size for bucket, size in zip(buckets, sizes))
 
     def read(place):
         step, slot = place
+        rng = np.random.default_rng((seed, step, slot))
         if not sizes:
-            indices = picture_indices(len(data), batch, seed, step, slot, of)
-            return data.read(indices, np.random.default_rng((seed, step, slot)))
-        number = step * of + slot
-        indices = epoch_batches(buckets, sizes, seed, number // per_epoch)[number % per_epoch]
-        return data.read(indices, np.random.default_rng((seed, number)))
+            return dataset.read(picture_indices(len(dataset), batch, seed, step, slot, of), rng)
+        k = step * of + slot
+        return dataset.read(epoch_batches(buckets, sizes, seed, k // per_epoch)[k % per_epoch], rng)
 
     return in_threads(read, ((step, slot) for step in count(start) for slot in slots), 4, ahead=4)
 
 
-# --- Pretrained networks, and captions to features ------------------------------------------------
+# --- Conditions: classes and captions as the network takes them -----------------------------------
 
 
-def load_pretrained(library: str, kind: str, flag: str, path: str):
-    """library.kind.from_pretrained(path). raises UserError that says what to install or to give."""
+def load_pretrained(library: str, kind: str, option: str, path: str):
+    """library.kind.from_pretrained(path). UserError that says what to install or to give."""
     way = "give a folder or hub name, as of hf download NAME --local-dir FOLDER"
     absent = str(path).startswith((".", "/", "~")) and not os.path.isdir(path)
-    require(not absent, f"{flag}: there is no such folder; {way}")
-    with explain(ImportError, f"{flag} needs {library}", f"pip install {library}"):
+    require(not absent, f"{option}: there is no such folder; {way}")
+    with explain(ImportError, f"{option} needs {library}: pip install {library}"):
         package = importlib.import_module(library)
     package.utils.logging.set_verbosity_error()
     package.utils.logging.disable_progress_bar()
-    with explain(Exception, f"{flag}: does not load", way):  # errors of hub and files share no type
+    with explain(Exception, f"{option}: does not load; {way}"):  # errors of hub and files share no type
         return getattr(package, kind).from_pretrained(path)
 
 
-def load_network(library: str, flag: str, path: str, device="cpu", dtype=torch.float32):
+def load_network(library: str, option: str, path: str, device="cpu", dtype=torch.float32):
     """A pretrained network of diffusers or transformers, frozen."""
-    network = load_pretrained(library, "AutoModel", flag, path)
+    network = load_pretrained(library, "AutoModel", option, path)
     return network.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -885,21 +1027,22 @@ def hash_word(word: str) -> np.ndarray:
     its runs of 3 bytes, so words of similar spelling are close."""
     raw = f"<{word}>".encode()
     pieces = [raw] + [raw[i : i + 3] for i in range(min(max(1, len(raw) - 2), 64))]
-    hashes = [hashlib.shake_256(piece).digest(2 * BYTES["width"]) for piece in pieces]
-    v = NORMAL[np.stack([np.frombuffer(h, "<u2") for h in hashes])]
+    hashes = [hashlib.shake_256(piece).digest(2 * HASHES["width"]) for piece in pieces]
+    bits = np.stack([np.frombuffer(h, "<u2") for h in hashes]).astype(np.float64)
+    v = torch.special.ndtri(torch.from_numpy((bits + 0.5) / 65536)).float().numpy()
     return 0.25**0.5 * v[0] + (0.75 / len(v[1:])) ** 0.5 * v[1:].sum(0)
 
 
 class WordHashes:
-    """The text encoder "bytes", without weights: a start mark, then a hash of each word."""
+    """The text encoder "word_hashes", without weights: a start mark, then a hash of each word."""
 
-    spec = BYTES
+    spec = HASHES
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        most = BYTES["length"] - 1
+        most = HASHES["length"] - 1
         lists = [["", *re.findall(r"\w+|[^\w\s]", text.casefold())[:most]] for text in captions]
         length = np.array([len(words) for words in lists])
-        features = np.zeros((len(lists), length.max(), BYTES["width"]), np.float32)
+        features = np.zeros((len(lists), length.max(), HASHES["width"]), np.float32)
         for row, words in zip(features, lists):
             row[: len(words)] = [hash_word(word) for word in words]
         mask = np.arange(length.max()) < length[:, None]
@@ -936,58 +1079,66 @@ class TextEncoder:
 
 
 def load_text_encoder(name: str, device="cpu", length: int = 256, pad_to_length: bool = False):
-    """`WordHashes` for "bytes", or the `TextEncoder` of a folder or hub name; both have `.spec`."""
-    if name == "bytes":
-        require(not pad_to_length, "the encoder 'bytes' needs --caption_mask, its padding is hidden")
+    """`WordHashes`, or the `TextEncoder` of a folder or hub name; both have `.spec`."""
+    if name in ("word_hashes", "bytes"):  # its name in the second edition
+        require(not pad_to_length, f"the encoder {name!r} needs --caption_mask, its padding is hidden")
         return WordHashes()
-    flag, path = f"--text_encoder {name}", os.path.abspath(name) if os.path.isdir(name) else name
-    net = load_network("transformers", flag, path, device, pick_dtype(torch.device(device)))
-    tokenizer = load_pretrained("transformers", "AutoTokenizer", flag, path)
+    option, path = f"--text_encoder {name}", os.path.abspath(name) if os.path.isdir(name) else name
+    net = load_network("transformers", option, path, device, pick_dtype(torch.device(device)))
+    tokenizer = load_pretrained("transformers", "AutoTokenizer", option, path)
     kinds = AttributeError, TypeError, ValueError, RuntimeError
-    with explain(kinds, f"{flag}: not a model of text", f"give another, such as {GEMMA}"):
+    with explain(kinds, f"{option}: not a model of text; give another, such as {GEMMA}"):
         return TextEncoder(path, net, tokenizer, length, pad_to_length)
 
 
-class Texts:
-    """A table of encoded captions: numbers (B,) int64 -> features (B, L, F), mask (B, L) bool.
+class ClassConditions:
+    """Class numbers as the network takes them; the number after the last stands for no class."""
 
-    Up to TABLE captions are encoded once, here; of more, `fetch` encodes those of a coming batch.
-    multiple  L is a multiple of it: compiled code wants few different lengths.
+    def __init__(self, classes: int, device):
+        self.classes, self.device = classes, device
+
+    def __call__(self, numbers) -> tuple[Tensor, Tensor]:
+        """y and null, (B,) int64 each, of class numbers (B,); -1 is no class."""
+        y = to_device(torch.as_tensor(numbers), self.device)
+        null = torch.full_like(y, self.classes)
+        return torch.where(y < 0, null, y), null
+
+
+class TextConditions:
+    """Captions as the network takes them: features (B, L, F) and a mask (B, L), L of the longest.
+
+    known     texts of a small set, encoded once, here; without them a batch's are, when it is asked
+    multiple  L is a multiple of it: compiled code wants few different lengths
     """
 
-    def __init__(self, captions: Captions, encoder, device, multiple: int = 1):
-        self.captions, self.encoder, self.null = captions, encoder, captions.null
-        self.device, self.multiple = device, multiple
-        if captions.null <= TABLE:
-            self.encode(range(captions.null + 1))
-            self.encoder = None                         # frees its memory
+    def __init__(self, encoder, device, known=(), multiple: int = 1):
+        self.encoder, self.device, self.multiple = encoder, device, multiple
+        self.rows, self.table = {}, ()
+        if known:
+            self.rows, self.table = self.encode(known)
+            self.encoder = None  # frees its memory
 
-    def fetch(self, y: Tensor) -> None:
-        if self.encoder is not None:
-            self.encode(sorted({*y.tolist(), self.null}))
-
-    def encode(self, numbers) -> None:
-        texts = [self.captions[i] for i in numbers]
-        row = {text: k for k, text in enumerate(dict.fromkeys(texts))}  # equal captions share a row
-        self.numbers = torch.tensor(list(numbers), device=self.device)
-        self.rows = torch.tensor([row[text] for text in texts], device=self.device)
-        features, mask = self.encoder(list(row))
+    def encode(self, texts) -> tuple[dict, tuple[Tensor, Tensor]]:
+        """{text: row}, and the rows: features, mask. The first is of the empty text."""
+        rows = {text: k for k, text in enumerate(dict.fromkeys(["", *texts]))}
+        features, mask = self.encoder(list(rows))
         padding = -mask.shape[1] % self.multiple
-        self.features = F.pad(features.to(self.device), (0, 0, 0, padding))
-        self.mask = F.pad(mask.to(self.device), (0, padding))
+        features, mask = F.pad(features, (0, 0, 0, padding)), F.pad(mask, (0, padding))
+        return rows, (to_device(features, self.device), to_device(mask, self.device))
 
-    def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        y = y.masked_fill(y < 0, self.null)             # sample.NO_CONDITION
-        rows = self.rows[torch.searchsorted(self.numbers, y)]
-        return self.features[rows], self.mask[rows]
+    def __call__(self, texts: list[str]) -> tuple:
+        """y and null, each (features, mask), of texts; the empty text is null, too."""
+        rows, table = (self.rows, self.table) if self.rows else self.encode(texts)
+        index = to_device(torch.tensor([rows[text] for text in texts]), self.device)
+        y = tuple(part[index] for part in table)
+        return y, tuple(part[index * 0] for part in table)
 
 
-# --- Autoencoders, and back to pictures -----------------------------------------------------------
+# --- Autoencoders and image encoders --------------------------------------------------------------
 
 
 def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
-    """An autoencoder, its pixels per latent position and side, and its part of a spec: latents z
-    are (z - shift) * scale in network space."""
+    """An autoencoder, and its part of a `Spec`: latents are (z - mean) / std in network space."""
     local = os.path.abspath(name) if os.path.isdir(name) else name
     path, scale = AUTOENCODERS.get(name, (local, 0.0))
     vae = load_network("diffusers", f"--autoencoder {name}", path, device, dtype)
@@ -995,7 +1146,7 @@ def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
     factor = factor or 2 ** (len(vae.config["block_out_channels"]) - 1)
     scale, shift = scale or vae.config["scaling_factor"], vae.config.get("shift_factor") or 0.0
     name = name if name in AUTOENCODERS else path
-    return vae, factor, {"autoencoder": name, "scale": scale, "shift": shift}
+    return vae, {"autoencoder": name, "std": 1 / scale, "mean": shift, "factor": factor}
 
 
 @torch.no_grad()
@@ -1005,26 +1156,29 @@ def encode_pictures(vae, means: bool, x: Tensor) -> Tensor:
     x = (x.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
     out = vae.encode(torch.cat([x, x.flip(3)]))
     if "latent" in out:
-        z = out.latent                                  # DC-AE has no posterior
+        z = out.latent  # DC-AE has no posterior
     else:
         p = out.latent_dist
         z = p.mean if means else torch.cat([p.mean, (p.logvar.float() / 2).exp()], 1)
     return z.half().unflatten(0, (2, -1)).transpose(0, 1)
 
 
-def encode_picture(path, spec: DataSpec, device, autoencoder: str | None = None) -> Tensor:
-    """A picture file, cropped to the size of the spec, in network space: (1, C, H, W) float32."""
-    channels, height, width = spec.shape
-    require(spec.kind != "random", f"{path}: a network that was trained on noise reads no pictures")
-    with explain(ValueError, f"{path}: not a picture that opens", "give another"):
-        picture = open_picture(path, upright=True)
-    if spec.kind == "pixels":
-        picture = picture.convert("L").convert("RGB") if channels == 1 else picture
-        x = torch.from_numpy(crop(picture, height, width)[None, :channels])
-        return (x.to(device).float() - spec.mean) / spec.std
-    vae, factor, _ = load_autoencoder(autoencoder or spec.autoencoder, device)
-    x = torch.from_numpy(crop(picture, height * factor, width * factor)[None])
-    return (encode_pictures(vae, True, x)[:, 0].float() - spec.shift) * spec.scale
+@torch.no_grad()
+def encode_features(net, pixels: Tensor, tokens: tuple[int, int]) -> Tensor:
+    """uint8 (B, 3, H, W), resized to (h, w) patches of an image encoder, DINOv2 or RADIO -> its
+    tokens (B, h w, F) float32, without class token and registers."""
+    size = tuple(side * net.config.patch_size for side in tokens)
+    x = pixels.to(net.device).float() / 255
+    x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+    if not hasattr(net.config, "norm_mean"):  # RADIO normalises by itself
+        mean, std = torch.tensor(IMAGENET, device=x.device).view(2, 3, 1, 1)
+        x = (x - mean) / std
+    out = net(x.to(net.dtype))
+    found = out["features"] if "features" in out else out.last_hidden_state
+    return found[:, -math.prod(tokens) :].float()
+
+
+# --- Back to pictures -----------------------------------------------------------------------------
 
 
 def to_pixels(x: Tensor, mean: float, std: float) -> np.ndarray:
@@ -1037,28 +1191,27 @@ class Decoder:
     """Network space (B, C, h, w) -> uint8 pictures (B, H, W, C), `.factor` times as high and wide.
 
     Latents are decoded in float32, in tiles if the picture has more than TILED pixels.
-
-    autoencoder  a path to load instead of the spec's.
+    autoencoder: a path to load instead of the spec's.
     """
 
-    def __init__(self, spec: DataSpec, device="cpu", autoencoder: str | None = None):
+    def __init__(self, spec: Spec, device="cpu", autoencoder: str | None = None):
         self.spec, self.device, self.vae, self.factor = spec, device, None, 1
         if spec.kind != "latents":
             return
         path, channels = autoencoder or spec.autoencoder, spec.shape[0]
         require(path, f"{channels} channels: no autoencoder is known; give --autoencoder")
-        self.vae, self.factor, _ = load_autoencoder(path, device)
-        have = self.vae.config["latent_channels"]
-        rule = f"the latents have {channels} channels; they were made with {spec.autoencoder}"
-        require(have == channels, f"--autoencoder {path} has {have} channels, {rule}")
+        self.vae, known = load_autoencoder(path, device)
+        self.factor, have = known["factor"], self.vae.config["latent_channels"]
+        require(have == channels, f"--autoencoder {path} has {have} channels, the latents {channels}; "
+                f"they were made with {spec.autoencoder}")  # fmt: skip
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> np.ndarray:
         if self.spec.kind == "pixels":
             return to_pixels(x, self.spec.mean, self.spec.std)
         if self.spec.kind == "random":
-            return to_pixels(x[:, :3], 128, 40)
-        z = x.to(self.device, torch.float32) / self.spec.scale + self.spec.shift
+            return to_pixels(x[:, :3] if x.shape[1] >= 3 else x[:, :1], 128, 40)
+        z = x.to(self.device, torch.float32) * self.spec.std + self.spec.mean
         area = z.shape[2] * z.shape[3] * self.factor**2
         self.vae.disable_tiling()
         if area > TILED:
@@ -1074,21 +1227,25 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 
 def grid(rows: np.ndarray, scale: int = 1, names=(), row_names=(), gap: int = 2) -> Image.Image:
-    """uint8 (R, C, H, W, K) as one picture with white gaps, each pixel `scale` wide; names of
-    columns below, names of rows at the left."""
+    """uint8 (R, C, H, W, K) as one picture with white gaps, each pixel `scale` wide; below, names
+    of columns, or of each picture (R C of them); at the left, names of rows."""
     r, c, h, w, k = rows.shape
+    per_picture = len(names) == r * c and r > 1  # a strip of names below every row
     h, w, gap = h * scale, w * scale, gap * scale
-    left, below, bottom = 64 if row_names else 0, 56 if names else 0, r * (h + gap) - gap
-    size = left + c * (w + gap) - gap, bottom + below
+    left, below = 64 if row_names else 0, 56 if names else 0
+    stride = h + gap + (below if per_picture else 0)
+    size = left + c * (w + gap) - gap, r * stride - gap + (0 if per_picture else below)
     sheet = Image.new("L" if k == 1 else "RGB", size, "white")
     for i, j in np.ndindex(r, c):
         picture = to_image(rows[i, j]).resize((w, h), Image.NEAREST)
-        sheet.paste(picture, (left + j * (w + gap), i * (h + gap)))
-    labels = [(name, w, below, left + j * (w + gap), bottom) for j, name in enumerate(names)]
-    labels += [(name, left, h, 0, i * (h + gap)) for i, name in enumerate(row_names)]
-    for name, width, height, x, y in labels:            # wrapped, and cut at the edges of its cell
+        sheet.paste(picture, (left + j * (w + gap), i * stride))
+    labels = [(name, left, h, 0, i * stride) for i, name in enumerate(row_names)]
+    for n, name in enumerate(names):
+        row = n // c if per_picture else r - 1
+        labels.append((name, w, below, left + n % c * (w + gap), row * stride + h))
+    for name, width, height, x, y in labels:  # wrapped, and cut at the edges of its cell
         cell = Image.new(sheet.mode, (width, height), "white")
-        text = "\n".join(textwrap.wrap(name[:200], max(1, width // 6))[:4])
+        text = "\n".join(textwrap.wrap(printable(name)[:200], max(1, width // 6))[:4])
         font = ImageFont.load_default(11)
         ImageDraw.Draw(cell).multiline_text((1, 1), text, "black", font, spacing=2)
         sheet.paste(cell, (x, y))
@@ -1099,53 +1256,61 @@ def write_picture(picture, path) -> None:
     """uint8 (H, W, C) or a PIL image as PNG, or JPEG if the name says so; complete or not there."""
     image = picture if isinstance(picture, Image.Image) else to_image(picture)
     jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
-    temporary = aside(path)
-    image.save(temporary, "JPEG" if jpeg else "PNG", quality=95)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        image.save(temporary, "JPEG" if jpeg else "PNG", quality=95)
 
 
-# --- The commands: encode and inspect -------------------------------------------------------------
+def plot(path, curves: dict, **axes_settings) -> None:
+    """{name: points (x, y)} as lines, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot(*zip(*sorted(points) or [(1, math.nan)]), ".-", label=name)
+    axes.set(**axes_settings)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+# --- The command: prepare -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class EncodeConfig:
-    """The flags of `data.py encode`."""
+class PrepareConfig:
+    """The flags of `data.py prepare`."""
 
     images: str = flag("", "folder or tar: class folders, or with captions", required=True)
     out: str = flag("", "folder of the set", required=True)
-    autoencoder: str = flag("sd-vae", "sd-vae, dc-ae, folder or hub name")
+    autoencoder: str = flag("", "store latents of sd-vae, dc-ae, a folder or hub name, not pixels")
     means: bool = flag(False, "store the posterior's mean only")
+    pixels: bool = flag(False, "also keep the pixels behind the latents, for train.py --align")
     native: bool = flag(False, "keep aspect ratios, in buckets")
     upscale: bool = flag(False, "enlarge what is below the smallest size")
-    features: str = flag("", "also features of DINOv2 or RADIO: a folder or hub name")
-    size: tuple = flag((256,), "pixels per side; --native: of squares of the buckets' areas",
-        positive_int, nargs="+")
-    batch: int = flag(64, "pictures per pass of the network", positive_int)
-    shard: int = flag(1024, "pictures per file", positive_int)
-    grid: int = flag(16, "feature tokens per side", positive_int)
-    patch: int = flag(1, "of the network to come, in latent positions: sizes are multiples",
-        positive_int)
+    size: tuple = flag((), "pixels per side (default 64, of latents 256); --native: of squares of "
+        "the buckets' areas", positive_int, nargs="+")
+    patch: int = flag(1, "of the network to come: sizes are multiples of it", positive_int)
+    batch: int = flag(64, "pictures per pass of the autoencoder", positive_int)
     workers: int = flag(0, "threads per rank that decode pictures; 0 = its share of the cores", natural)
     device: str = flag("auto", "auto, cpu, cuda, mps")
-    precision: str = flag("auto", "of the networks", choices=("auto", "fp32", "bf16"))  # fmt: skip
+    precision: str = flag("fp32", "of the autoencoder", choices=("auto", "fp32", "bf16"))  # fmt: skip
 
 
-def bucket_sizes(side: int, step: int) -> list[tuple[int, int]]:
-    """At most 33 (height, width), from wide to tall: multiples of `step` of ratios up to 1:4, whose
+def bucket_sizes(side: int, multiple: int) -> list[tuple[int, int]]:
+    """At most 33 (height, width), from wide to tall: multiples of `multiple` of ratios up to 1:4, whose
     area is that of the square or a little less."""
-    n = side // step
+    n = side // multiple
     short = {round(h) for h in np.geomspace(n / 2, n, 17)} - {0}
     sizes = {(h, min(4 * h, n * n // h)) for h in short}
     sizes |= {(w, h) for h, w in sizes}
-    return sorted(((h * step, w * step) for h, w in sizes), key=lambda size: size[0] / size[1])
+    return sorted(((h * multiple, w * multiple) for h, w in sizes), key=lambda size: size[0] / size[1])
 
 
 def choose_bucket(size, tables: list, upscale: bool) -> tuple[tuple | None, str]:
     """The nearest ratio of the largest area that a picture (height, width) fills as it is, and "";
-    or None and why there is none.
-
-    tables  `bucket_sizes` from small to large.
-    """
+    or None and why there is none. tables: `bucket_sizes` from small to large."""
     h, w = size
     if max(h, w) > 4.5 * min(h, w):
         return None, f"{h}x{w} is beyond the ratios from 1:4 to 4:1"
@@ -1157,25 +1322,28 @@ def choose_bucket(size, tables: list, upscale: bool) -> tuple[tuple | None, str]
 
 
 def find_bucket(entry: Entry, tables: list, upscale: bool) -> tuple[tuple | None, str]:
-    """`choose_bucket` of a picture as EXIF turns it; its header is read alone."""
-    raw = io.BytesIO(entry.read())
+    """`choose_bucket` of a picture as EXIF turns it; only its header is decoded."""
     try:
-        with decoder(raw) as picture:
-            turned = picture.format != "TIFF" and picture.getexif().get(0x0112, 1) > 4
-            return choose_bucket(picture.size if turned else picture.size[::-1], tables, upscale)
+        with pillow(io.BytesIO(entry.read())) as picture:  # Pillow turns TIFFs by itself
+            turned = picture.format != "TIFF" and picture.getexif().get(ORIENTATION, 1) > 4
+            size = picture.size if turned else picture.size[::-1]
     except ValueError as error:
         return None, str(error)
+    return choose_bucket(size, tables, upscale)
 
 
-def plan_buckets(cfg: EncodeConfig, step: int, pictures: list[Entry]) -> tuple[dict, list]:
-    """{(height, width): indices} from wide to tall, and [name, reason] of those that fit none."""
-    tables = [bucket_sizes(side, step) for side in sorted(cfg.size)]
+def sort_by_size(cfg: PrepareConfig, multiple: int, pictures: list[Entry]) -> tuple[dict, list]:
+    """{(height, width): indices} from wide to tall, and (name, reason) of those that fit none."""
+    side = max(cfg.size)
+    if not cfg.native:
+        return {(side, side): list(range(len(pictures)))}, []
+    tables = [bucket_sizes(size, multiple) for size in sorted(cfg.size)]
     groups, skipped = {}, []
     find = partial(find_bucket, tables=tables, upscale=cfg.upscale)
     found = in_threads(find, pictures, cfg.workers)
     for i, (size, why) in enumerate(tqdm(found, "sizes", len(pictures), disable=None)):
         if why:
-            skipped.append([pictures[i].name, why])
+            skipped.append((pictures[i].name, why))
         else:
             groups.setdefault(size, []).append(i)
     require(groups, f"--images {cfg.images}: no picture fits a bucket; the first: {skipped[:1]}")
@@ -1183,211 +1351,165 @@ def plan_buckets(cfg: EncodeConfig, step: int, pictures: list[Entry]) -> tuple[d
     return {size: groups[size] for size in order}, skipped
 
 
-@torch.no_grad()
-def encode_features(net, grid: int, x: Tensor) -> Tensor:
-    """uint8 (B, 3, S, S), resized to grid x grid patches of an image encoder -> float16
-    (B, 2, grid^2, F) of the picture and its mirror image."""
-    side = grid * net.config.patch_size
-    x = x.to(net.device).float() / 255
-    x = F.interpolate(x, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    if not hasattr(net.config, "norm_mean"):            # RADIO normalises by itself
-        mean, std = torch.tensor(IMAGENET, device=x.device).view(2, 3, 1, 1)
-        x = (x - mean) / std
-    x = x.to(net.dtype)
-    out = net(torch.cat([x, x.flip(3)]))
-    tokens = out["features"] if "features" in out else out.last_hidden_state
-    tokens = tokens[:, -grid * grid :].half()           # without class token and registers
-    return tokens.unflatten(0, (2, -1)).transpose(0, 1)
+def make_arrays(out: Path, groups: dict, makers: dict) -> None:
+    """An .npy file of zeros per size and maker; each is complete or not there."""
+    for (h, w), indices in groups.items():
+        for name, make in makers.items():
+            path = out / f"{name}_{h}x{w}.npy"
+            if not path.is_file():
+                row = make(torch.zeros(1, 3, h, w, dtype=torch.uint8)).cpu().numpy()
+                shape = len(indices), *row.shape[1:]
+                with replacing(path) as temporary:
+                    np.lib.format.open_memmap(temporary, "w+", row.dtype, shape).flush()
 
 
-def plan_set(cfg: EncodeConfig, found: Found, out: Path) -> tuple[dict, list]:
-    """Load the networks and claim the folder.
+def fill_chunk(cfg: PrepareConfig, makers: dict, size, first: int, entries: list[Entry]) -> list:
+    """Rows `first` and on of the arrays of this size. Plain writes at the rows' offset: a writable
+    map, shared between machines, tears pages. Returns [row, name, reason] of what is left out."""
+    skipped, (h, w) = [], size
+    stream = in_threads(partial(open_cropped, size=size), entries, cfg.workers, ahead=2 * cfg.batch)
+    for k in range(0, len(entries), cfg.batch):
+        x = np.zeros((len(entries[k : k + cfg.batch]), 3, h, w), np.uint8)
+        for i, (pixels, why) in zip(range(len(x)), stream):
+            if why:
+                skipped.append([first + k + i, entries[k + i].name, why])
+            else:
+                x[i] = pixels
+        for name, make in makers.items():
+            rows = make(torch.from_numpy(x)).cpu().numpy()
+            require(np.isfinite(rows).all(), f"{name} of {entries[k].name} and after overflow float16; "
+                    "use another encoder")  # fmt: skip
+            path = Path(cfg.out) / f"{name}_{h}x{w}.npy"
+            with path.open("r+b") as file:
+                file.seek(np.load(path, mmap_mode="r").offset + (first + k) * rows[0].nbytes)
+                file.write(np.ascontiguousarray(rows))
+                file.flush()
+                os.fsync(file.fileno())
+    return skipped
 
-    returns  {kind: function} that make the tensors; per shard (height, width) and indices
-    """
-    device = open_device(cfg.device)
-    dtype = pick_dtype(device, cfg.precision)
-    vae, factor, network = load_autoencoder(cfg.autoencoder, device, dtype)
-    step, side, n = factor * cfg.patch, max(cfg.size), len(found.pictures)
-    rule = f"must be a multiple of {step}, the autoencoder's pixels per position times --patch"
-    require(all(size % step == 0 for size in cfg.size), f"--size {cfg.size}: {rule}")
-    makers = {"latents": partial(encode_pictures, vae, cfg.means)}
-    probe = makers["latents"](torch.zeros(1, 3, side, side))
-    channels = vae.config["latent_channels"]
-    listing = "\n".join(f"{p.name} {k}" for p, k in zip(found.pictures, found.labels))
-    plan = {"kind": "latents", "native": cfg.native, "size": side, **network, "factor": factor}
-    plan |= {"shape": [channels, *probe.shape[3:]], "moments": probe.shape[2] > channels}
-    plan |= {"precision": str(dtype).removeprefix("torch."), "shard": cfg.shard, "pictures": n}
-    plan |= {"classes": found.classes, "listing": hashlib.sha256(listing.encode()).hexdigest()}
-    plan |= {"captions": Captions(found.captions).digest()}
-    groups = {(side, side): list(range(n))}
-    if cfg.native:
-        groups, plan["skipped"] = plan_buckets(cfg, step, found.pictures)
-        plan["buckets"] = [[h, w, len(indices)] for (h, w), indices in groups.items()]
-    out.mkdir(parents=True, exist_ok=True)
-    claim(out / "plan.json", plan)
-    if cfg.features:
-        asked = f"--features {cfg.features}"
-        net = load_network("transformers", asked, cfg.features, device, dtype)
-        makers["features"] = partial(encode_features, net, cfg.grid)
-        record = {"name": cfg.features, "grid": cfg.grid, "precision": plan["precision"]}
-        claim(out / "features.json", record)
+
+def finish(cfg: PrepareConfig, found: Found, groups: dict, spec: Spec, skipped: list) -> None:
+    """When all rows are filled: labels, captions, then meta.json. Says what is left out."""
+    out, labels = Path(cfg.out), {size: found.labels[indices] for size, indices in groups.items()}
+    for mark in sorted((out / "done").glob("*.json")):
+        size, left_out = read_json(mark)
+        for row, name, why in left_out:
+            labels[tuple(size)][row] = -1
+            skipped.append([name, why])
+    most = max(labels, key=lambda size: (labels[size] >= 0).sum())
+    kept = np.flatnonzero(labels[most] >= 0)
+    require(len(kept), f"--images {cfg.images}: none of the pictures could be opened, such as {skipped[:1]}")
+    if spec.kind == "pixels":  # of pictures spread over all classes
+        array = np.load(out / "x_{}x{}.npy".format(*most), mmap_mode="r")
+        some = array[kept[np.linspace(0, len(kept) - 1, min(256, len(kept))).astype(int)]]
+        spec = replace(spec, mean=float(some.mean()), std=float(some.std()) or 1.0)
+    np.save(out / "labels.npy", np.concatenate(list(labels.values())))
     if found.captions:
         pairs = zip(found.pictures, found.captions)
         lines = [json.dumps({"image_file": p.name, "captions": texts}) + "\n" for p, texts in pairs]
         write_text(out / "captions.jsonl", "".join(lines))
-    shards = []
-    for size, indices in groups.items():
-        shards += [(size, indices[k : k + cfg.shard]) for k in range(0, len(indices), cfg.shard)]
-    return makers, shards
-
-
-def encode_shard(cfg: EncodeConfig, kind: str, make, size, pictures: list) -> tuple[dict, dict]:
-    """[(Entry, label)] -> {kind: (n, ...) float16, "labels": (n,)} of a shard, and its record."""
-    parts, labels, skipped = [], [], []
-    read = partial(open_cropped, size=size, upright=cfg.native)
-    stream = in_threads(read, (entry for entry, _ in pictures), cfg.workers, ahead=4 * cfg.batch)
-    for k in range(0, len(pictures), cfg.batch):
-        x = []
-        for (entry, label), (picture, why) in zip(pictures[k : k + cfg.batch], stream):
-            if why:
-                skipped.append([entry.name, why])
-            else:
-                x.append(picture)
-                labels.append(label)
-        made = make(torch.from_numpy(np.stack(x or [np.zeros((3, *size), np.uint8)])))
-        parts.append(made[: len(x)].cpu().numpy())      # without pictures, empty of that shape
-        rule = f"{kind} of {pictures[k][0].name} and after overflow float16; use another encoder"
-        require(np.isfinite(parts[-1]).all(), rule)
-    tensor = np.ascontiguousarray(np.concatenate(parts))  # safetensors stores bytes as they lie
-    record = {"count": len(labels), "skipped": skipped}
-    if cfg.native:
-        record["bucket"] = size
-    return {kind: tensor, "labels": np.array(labels, np.int64)}, record
-
-
-def checksum(tensors: dict) -> str:
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        sha.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
-        sha.update(np.ascontiguousarray(tensors[name]).view(np.uint8))
-    return sha.hexdigest()
-
-
-def write_shard(path: Path, tensors: dict, record: dict) -> None:
-    """A shard is complete or not there."""
-    temporary, record = aside(path), record | {"sha256": checksum(tensors)}
-    way = "the other shards are complete: free the disk and run again"
-    try:
-        with explain((OSError, SafetensorError), f"{path}: not written", way):
-            save_file(tensors, temporary, {"tim": json.dumps(record)})
-            with open(temporary, "rb+") as written:
-                os.fsync(written.fileno())
-            temporary.chmod(0o644)                      # safetensors makes private files
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def finish(out: Path, shards: int) -> dict | None:
-    """Write meta.json from the records of the shards, if all are there, those of features too."""
-    meta = read_json(out / "plan.json")
-    kinds = ["latents", "features"] if (out / "features.json").is_file() else ["latents"]
-    for kind in kinds:
-        files = [out / f"{kind}_{k:05}.safetensors" for k in range(shards)]
-        if not all(file.is_file() for file in files):
-            return None
-        stored = [json.loads(open_shard(file).metadata()["tim"]) for file in files]
-        records = [{"file": f.name} | record for f, record in zip(files, stored)]
-        if kind == "latents":
-            meta |= {"count": sum(record["count"] for record in records), "shards": records}
-        else:
-            meta["features"] = read_json(out / "features.json") | {"shards": records}
+        np.save(out / "offsets.npy", np.cumsum([0, *map(len, lines)]))
+    plan = (out / "plan.json").read_bytes() + (out / "labels.npy").read_bytes()
+    plan += f"{spec.mean} {spec.std}".encode()  # of pixels: other pictures of the same names and sizes
+    meta = {"spec": spec.to_json(), "sizes": list(groups), "pixels": cfg.pixels, "skipped": skipped,
+            "captions": bool(found.captions), "fingerprint": hashlib.sha256(plan).hexdigest()[:16]}
+    for leftover in out.glob("*.tmp"):  # of a killed one
+        leftover.unlink()
+    for file in (*out.glob("*.npy"), out):
+        sync(file)
     write_text(out / "meta.json", json.dumps(meta, indent=1))
-    return meta
+    shutil.rmtree(out / "done", ignore_errors=True)
+    n = len(found.pictures)
+    say(f"{out}: {sum((k >= 0).sum() for k in labels.values()):,} of {n:,} pictures")
+    if skipped:
+        shown = "".join(f"\n  {printable(name)}: {why}" for name, why in skipped[:20])
+        note(f"{out}: {len(skipped)} pictures are left out:{shown}")
 
 
-def encode(cfg: EncodeConfig) -> None:
-    """Pictures to shards. Each rank makes every world_size-th, so ranks need not communicate."""
+def prepare(cfg: PrepareConfig, found: Found | None = None) -> None:
+    """Pictures to a set. Ranks fill every world_size-th chunk; where it was stopped, it goes on."""
     (rank, world_size), out = ranks(), Path(cfg.out)
     require(Path(cfg.images).exists(), f"--images {cfg.images}: no such folder or tar")
     inside = Path(cfg.images).resolve() in (out.resolve(), *out.resolve().parents)
     require(not inside, f"--out {out}: lies in --images {cfg.images}; give a folder outside of it")
-    require(cfg.native or len(cfg.size) == 1, f"--size {cfg.size}: several need --native")
-    require(not (cfg.native and cfg.features), "--features: not for --native pictures")
+    require(cfg.native or len(cfg.size) <= 1, f"--size {cfg.size}: several need --native")
+    require(cfg.autoencoder or not cfg.pixels, "--pixels: without --autoencoder the set is of pixels")
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cfg = replace(cfg, workers=cfg.workers or max(1, cores))
-    found = find_pictures(cfg.images)
-    makers, shards = plan_set(cfg, found, out)
-    made = 0
-    for kind, make in makers.items():
-        for k in tqdm(range(rank, len(shards), world_size), kind, disable=rank > 0):
-            size, indices = shards[k]
-            path = out / f"{kind}_{k:05}.safetensors"
-            if not path.is_file():
-                pictures = [(found.pictures[i], found.labels[i]) for i in indices]
-                write_shard(path, *encode_shard(cfg, kind, make, size, pictures))
-                made += 1
-    meta = finish(out, len(shards))
-    if meta and (rank == 0 or made):
-        skipped = [line for part in (meta, *meta["shards"]) for line in part.get("skipped", [])]
-        n = len(found.pictures)
-        print(f"{out}: {meta['count']:,} of {n:,} pictures, {len(skipped)} skipped")
-        for name, why in skipped[:20]:
-            print(f"  skipped {name}: {why}")
-        require(meta["count"], f"--images {cfg.images}: none of the pictures could be opened")
+    size = cfg.size or ((256,) if cfg.autoencoder else (64,))
+    cfg = replace(cfg, size=size, workers=cfg.workers or max(1, cores))
+    makers, vae, factor, channels = {"x": lambda x: x}, {}, 1, 3
+    if cfg.autoencoder:
+        device = open_device(cfg.device)
+        net, vae = load_autoencoder(cfg.autoencoder, device, pick_dtype(device, cfg.precision))
+        makers = {"x": partial(encode_pictures, net, cfg.means)} | ({"pixels": lambda x: x} if cfg.pixels else {})
+        factor, channels = vae["factor"], net.config["latent_channels"]
+    multiple = factor * cfg.patch
+    require(all(side % multiple == 0 for side in size), f"--size {cfg.size}: must be a multiple of {multiple}, "
+            "the autoencoder's pixels per position times --patch")  # fmt: skip
 
-
-def inspect(path: str, device: str, autoencoder: str | None, sheet: str) -> None:
-    data = open_data(path)
-    print(f"{path}: {data.describe()}; {data.spec.kind} {data.spec.shape} {data.spec.autoencoder}")
-    for (h, w), bucket in zip(data.spec.buckets, data.buckets):
-        print(f"bucket {h:4} x {w:<4} {len(bucket):12,} pictures")
-    most = max(data.buckets, key=len)
-    some = np.linspace(most[0], most[-1], min(1024, len(most))).astype(int)
-    x = data.read(some, np.random.default_rng(0)).x
-    for c, values in enumerate(x.transpose(0, 1)):
-        print(f"channel {c}: mean {values.mean():.3f} and deviation {values.std():.3f}, near 0 and 1?")
-    if data.spec.kind == "latents":
-        folder = Path(path).expanduser()
-        meta = read_json(folder / "meta.json")
-        shards = meta["shards"] + meta.get("features", {}).get("shards", [])
-        for shard in tqdm(shards, "checksums", disable=None):
-            right = checksum(load_file(folder / shard["file"])) == shard["sha256"]
-            require(right, f"{folder / shard['file']}: wrong checksum; delete it and encode again")
-        print("all checksums are right")
-    try:
-        decode = Decoder(data.spec, open_device(device), autoencoder)
-    except UserError as error:
-        print(f"no contact sheet: {error}")
+    found = found or first_rank(find_pictures, cfg.images)
+    groups, skipped = first_rank(sort_by_size, cfg, multiple, found.pictures)
+    free = {"images", "out", "batch", "workers", "device", "autoencoder"}
+    plan = {k: v for k, v in asdict(cfg).items() if k not in free} | vae | {"listing": found.digest()}
+    first_rank(out.mkdir, 0o777, True, True)
+    first_rank(claim, out / "plan.json", plan)
+    if first_rank((out / "meta.json").is_file):
+        say(f"{out}: complete already")
         return
-    columns = min(8, len(x))
-    rows = min(4, len(x) // columns)
-    pixels = decode(x[:: len(x) // (rows * columns)][: rows * columns])
-    write_picture(grid(pixels.reshape(rows, columns, *pixels.shape[1:])), sheet)
-    print(f"contact sheet: {sheet}")
+    owned = lock(out)
+    check_shared(out)
+    first_rank((out / "done").mkdir, 0o777, True, True)
+    first_rank(make_arrays, out, groups, makers)
+    chunks = [(size, k) for size in groups for k in range(0, len(groups[size]), CHUNK)]
+    for k in tqdm(range(rank, len(chunks), world_size), "prepare", disable=True if rank else None):
+        (size, first), mark = chunks[k], out / "done" / f"{k:06}.json"
+        if not mark.is_file():
+            entries = [found.pictures[i] for i in groups[size][first : first + CHUNK]]
+            with explain(OSError, f"{out}: not written; free the disk and run the same again"):
+                write_text(mark, json.dumps([size, fill_chunk(cfg, makers, size, first, entries)]))
+    everyone(None)  # waits for all
+    sizes = [(h // factor, w // factor) for h, w in groups] if cfg.native else ()
+    shape = channels, max(cfg.size) // factor, max(cfg.size) // factor
+    kind, classes = "latents" if vae else "pixels", tuple(found.classes)
+    spec = Spec(kind, shape, classes=classes, buckets=tuple(sizes), **vae)
+    first_rank(finish, cfg, found, groups, spec, skipped)
+    for file in owned:
+        file.close()
 
 
-def parse_arguments(argv=None) -> argparse.Namespace:
-    style = {"allow_abbrev": False, "formatter_class": argparse.RawTextHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **style)
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("encode", help="pictures to latents; again = resume", **style)
-    add_flags(p, EncodeConfig)
-    p = commands.add_parser("inspect", help="what a set is, whether it is complete", **style)
-    p.add_argument("path", help="name or folder of a set")
-    p.add_argument("--autoencoder", help="for the contact sheet (that of the set)")
-    p.add_argument("--sheet", default="samples_contact.png", help="its contact sheet")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (auto)")
-    return parser.parse_args(argv)
+def prepare_folder(root: Path, side: int) -> Path:
+    """Pictures in files as a set of pixels in datasets/, made once; returns its folder."""
+
+    listing = []  # on rank 0
+
+    def name():
+        found = find_pictures(root)
+        listing.append(found)
+        times = [os.stat(file).st_mtime_ns for file in dict.fromkeys(p.file for p in found.pictures)]
+        return PREPARED / f"{printable(root.resolve().stem)}-{found.digest(times, side)}"
+
+    inside = root.resolve() in (PREPARED / "x").resolve().parents
+    first_rank(require, not inside, f"--data {root}: holds the working directory, where it would be "
+               "prepared; start from another one")  # fmt: skip
+    out = first_rank(name)
+    if not first_rank((out / "meta.json").is_file):
+        say(f"{root}: preparing it as {out}, once")
+        prepare(PrepareConfig(images=str(root), out=str(out), size=(side,)), first_rank(listing.pop))
+    return out
 
 
 def main(argv=None):
-    values = vars(parse_arguments(argv))
-    if values.pop("command") == "encode":
-        encode(EncodeConfig(**values))
-    else:
-        inspect(**values)
+    style = {"allow_abbrev": False, "formatter_class": argparse.RawTextHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **style)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_flags(commands.add_parser("prepare", help="pictures to a set; again = go on", **style), PrepareConfig)
+    values = vars(parser.parse_args(argv))
+    values.pop("command")
+    values["size"] = tuple(values.get("size", ()))
+    connect(torch.device("cpu"))
+    prepare(PrepareConfig(**values))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -227,11 +227,15 @@ class Block(nn.Module):
         self.adaLN_modulation = SwiGLU(width, adaln, (9 if cross else 6) * width)
 
     def forward(self, x, c, d, rope, text=None, mask=None):              # (B, N, D), (B, D), (B, D)
-        m = self.adaLN_modulation(c).unflatten(1, (-1, 1, x.shape[2])).unbind(1)  # 6 or 9 (B, 1, D)
-        x = x + m[2] * self.attn(modulate(self.norm(x), m[0], m[1]), d, rope)
+        triples = self.adaLN_modulation(c).unflatten(1, (-1, 3, 1, x.shape[2]))
+        attn, *cross, mlp = triples.unbind(1)                                   # each (B, 3, 1, D)
+        shift, scale, gate = attn.unbind(1)                                             # (B, 1, D)
+        x = x + gate * self.attn(modulate(self.norm(x), shift, scale), d, rope)
         if self.cross_attn is not None:
-            x = x + m[5] * self.cross_attn(modulate(self.norm(x), m[3], m[4]), text, mask, rope)
-        return x + m[-1] * self.mlp(modulate(self.norm(x), m[-3], m[-2]))
+            shift, scale, gate = cross[0].unbind(1)
+            x = x + gate * self.cross_attn(modulate(self.norm(x), shift, scale), text, mask, rope)
+        shift, scale, gate = mlp.unbind(1)
+        return x + gate * self.mlp(modulate(self.norm(x), shift, scale))
 
 
 class FinalLayer(nn.Module):
@@ -252,7 +256,7 @@ class TiM(nn.Module):
     channels, patch          C and p; heights and widths must be multiples of p
     depth, width, heads      of the transformer; adaln: hidden width of each block's modulation
     classes | caption        class-conditional with this many classes, or width of features of text
-    predict                  what the output is read as, the paper's "f" or "x": `sample.network_f`
+    predict                  what the output is read as, the paper's "f" or "x": `transition.network_f`
     guide_range              (low, high): the network knows its guidance w, see `forward`
     shared_time              ablation: one time encoder for t and t - r
     interval_attention       False is the ablation without W_d

@@ -2,16 +2,15 @@
 
     python sample.py --steps 1 2 128               # newest run; a grid, a row per number of steps
     python sample.py --checkpoint runs/demo -n 1000 --steps 8 --out pictures
+    python sample.py --checkpoint runs/demo -n 50000 --steps 2 --out samples.npz
     python sample.py --checkpoint c2i_model_256.safetensors --classes 207 360   # released weights
     python sample.py --checkpoint runs/emoji --prompts "red apple" "blue heart" --steps 1 8
-    python sample.py --checkpoint runs/demo --image shoe.png --strength 0.6 --classes Sandal Bag
-    python sample.py --checkpoint runs/demo --export demo.safetensors
 """
 
 import argparse
+import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,38 +27,41 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import DataSpec, UserError, explain, require
+from data import Spec, UserError, explain, require
 from model import TiM, lower_precision
 from transition import (
-    TRANSPORTS, Transport, cat, interpolate, output_from_x, resolution_shift, shift_times, solve,
-    step_coefficients,
+    TRANSPORTS, Transport, cat, network_f, resolution_shift, shift_times, solve, step_coefficients
 )  # fmt: skip
-
-NO_CONDITION = -1  # stands for no class and no text where a condition is a number
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
 def save(path: Path, state: dict[str, Tensor], config: dict) -> None:
-    """One safetensors file of weights, with their configuration as metadata; whole or absent."""
-    aside = path.with_name(f"{path.name}.tmp")
+    """One safetensors file of weights, with their configuration as metadata; whole or absent, on
+    the disk, and readable as the umask says."""
     state = {name: tensor.contiguous() for name, tensor in state.items()}
-    with explain(Exception, f"{path}: cannot be written", "choose another folder"):
-        save_file(state, aside, metadata={"tim": json.dumps(config)})
-        os.replace(aside, path)
+    failed = explain(Exception, f"{path}: cannot be written; free the disk or choose another folder")
+    with failed, data.replacing(path) as file:
+        file.touch()  # with the umask's mode: safetensors makes private files
+        mode = file.stat().st_mode
+        save_file(state, file, metadata={"tim": json.dumps(config)})
+        file.chmod(mode)
+        data.sync(file)
 
 
 def load(path, device="cpu") -> tuple[TiM, Transport, dict]:
     """Model (fp32, evaluation mode, no projector), transport and configuration of a checkpoint.
 
-    path     a run folder, a file that `save` wrote, a released file, or OWNER/REPO/FILE on the hub
-    returns  config has "model" (arguments of TiM), "data" (DataSpec as JSON), "train" and "step"
+    path     a run folder, a folder of its checkpoints, a file that `save` wrote, a released file,
+             or OWNER/REPO/FILE on the hub
+    returns  config has "model" (arguments of TiM), "data" (Spec as JSON), "train", "step" and
+             "digest", of the file as it was read
     raises   UserError if it is missing, cut short, not a TiM checkpoint, or its tensors do not fit
     """
     file = checkpoint_file(path)
-    state, config = read_tensors(file, device)
+    state, config, digest = read_tensors(file, device)
     try:
-        config = config or recognise(state, file)
+        config = (config or recognise(state, file)) | {"digest": digest}
         transport = TRANSPORTS[config["train"]["transport"]]
         with torch.device("meta"):
             model = TiM(**(config["model"] | {"projector": None}))
@@ -76,7 +78,7 @@ def checkpoint_file(path) -> Path:
     on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)/(.+\.(?:safetensors|bin|pt|pth))", str(path))
     if on_hub and not file.is_file() and not file.parent.is_dir():
         way = "pip install huggingface_hub, or download it and give its path"
-        with explain(Exception, f"{path}: not here, nor on the hub", way):
+        with explain(Exception, f"{path}: not here, nor on the hub; {way}"):
             from huggingface_hub import hf_hub_download
 
             return Path(hf_hub_download(*on_hub.groups()))
@@ -84,25 +86,33 @@ def checkpoint_file(path) -> Path:
     return file
 
 
-def read_tensors(file: Path, device) -> tuple[dict, dict | None]:
-    """The tensors in fp32, without a projector's, and the configuration if `save` wrote the file.
+def read_tensors(file: Path, device) -> tuple[dict, dict | None, str]:
+    """The tensors in fp32, without a projector's; the configuration if `save` wrote the file; its
+    digest. One opening: a training may replace the file meanwhile."""
+    state, config, sha = {}, None, hashlib.sha256()
 
-    Cast one by one, and the file opened for each, so that neither a copy nor its pages pile up.
-    """
-    state, config = {}, None
-    with explain(Exception, f"{file}: not a whole file of plain weights", "get it again"):
+    def keep(name, tensor):  # cast one by one, so that no copy piles up
+        sha.update(name.encode())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        if not name.startswith("projector."):
+            state[name] = tensor.to(device, torch.float32)
+
+    with explain(Exception, f"{file}: not a whole file of plain weights; get it again"):
         if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as f:
-                config = json.loads((f.metadata() or {}).get("tim", "null"))
-                names = list(f.keys())
-            for name in names:
-                with safe_open(file, "pt") as f:
-                    state[name] = f.get_tensor(name).to(device, torch.float32)
-        else:
-            stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # no code
-            for name in list(stored):
-                state[name] = stored.pop(name).to(device, torch.float32)
-    return {k: v for k, v in state.items() if not k.startswith("projector.")}, config
+            with safe_open(file, "pt") as stored:
+                config = json.loads((stored.metadata() or {}).get("tim", "null"))
+                for name in stored.keys():
+                    keep(name, stored.get_tensor(name))
+            return state, config, sha.hexdigest()[:16]
+        with file.open("rb") as stream:
+            stored = torch.load(stream, map_location="cpu", weights_only=True)  # runs no code
+    tables = stored if isinstance(stored, dict) else {}
+    require(tables and all(isinstance(v, Tensor) for v in tables.values()), f"{file}: holds no table "
+            f"of tensors, but {list(tables)[:5] or type(stored).__name__}; save the weights alone, such "
+            "as torch.save(x['ema'], FILE)")  # fmt: skip
+    while stored:
+        keep(*stored.popitem())
+    return state, config, sha.hexdigest()[:16]
 
 
 def recognise(state: dict[str, Tensor], file) -> dict:
@@ -132,14 +142,12 @@ def recognise(state: dict[str, Tensor], file) -> dict:
         model["classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
         classes = tuple(str(i) for i in range(model["classes"]))
     name, factor = data.BY_CHANNELS.get(channels, ("", 1))
-    spec = DataSpec(
+    spec = Spec(
         "latents", (channels, side, side), classes=classes, text=text, autoencoder=name,
-        scale=data.AUTOENCODERS.get(name, ("", 1.0))[1], factor=factor,
+        std=1 / data.AUTOENCODERS.get(name, ("", 1.0))[1], factor=factor,
     )  # fmt: skip
-    train = {
-        "transport": "otfm", "drop": 0.1, "guidance": guidance, "guidance_low": 0.0,
-        "guidance_high": high, "guidance_strict": True,
-    }  # fmt: skip
+    train = {"transport": "otfm", "drop": 0.1, "guidance": guidance, "interval": (0.0, high),
+             "strict_interval": True}  # fmt: skip
     return {"model": model, "data": spec.to_json(), "train": train, "step": None}
 
 
@@ -153,123 +161,110 @@ def newest(runs="runs") -> Path:
 # --- The sampler ----------------------------------------------------------------------------------
 
 
-def network_f(model: TiM, transport: Transport, texts=None):
-    """The paper's f(x_t, t, r, y) of a TiM, for training, guidance, sampling and figures alike.
-
-    The network sees c_noise of the times and, with `texts` (data.Texts), the features of captions
-    for their numbers; if it predicts x, its output is turned into f.
-    returns  a function (x_t, t, r, y, aligned=False) -> f (B, C, H, W); with aligned, f and tokens
-    """
-
-    def f(x_t, t, r, y, aligned=False):
-        w = None
-        if model.guide_range:
-            y, w = y
-        if texts:
-            y = texts(y)
-        elif model.classes is not None:
-            y = y.masked_fill(y < 0, model.classes)  # NO_CONDITION is the last row of the table
-        if w is not None:
-            y = (y, w)
-        seen = x_t, transport.c_noise(t), transport.c_noise(r), y
-        out, tokens = model(*seen, aligned=True) if aligned else (model(*seen), None)
-        if model.predict == "x":
-            out = output_from_x(transport, out, x_t, t)
-        return (out, tokens) if aligned else out
-
-    return f
-
-
 def initial_noise(shape, seed: int, indices, device="cpu", *step: int) -> Tensor:
     """N(0, I), (n, *shape) float32: a function of seed and index, and of the step if given."""
     noise = [torch.randn(*shape, generator=data.rng(seed, i, *step)) for i in indices]
     return torch.stack(noise).to(device)
 
 
-def sampling_times(transport: Transport, steps, shift=1.0, strength=1.0) -> Tensor:
-    """Falling times, float64 on the CPU: equal `steps` from a fraction `strength` of the range down
-    to its end, then shifted; or the list `steps` itself. UserError if they do not fit."""
+def sampling_times(transport: Transport, steps, shift=1.0) -> Tensor:
+    """Falling times, float64 on the CPU: a number of steps as the transport spaces them, shifted;
+    or the list `steps` itself. UserError if they do not fall from t_max, within the range."""
     low, high = transport.t_min, transport.t_max
     if isinstance(steps, (int, np.integer)):
         require(steps >= 1, f"--steps {steps}: a sample takes at least 1 step")
-        first = low + strength * (high - low)
-        times = torch.linspace(first, low, int(steps) + 1, dtype=torch.float64)
-        times = shift_times(transport, times, shift)
-        if strength == 1:
-            times[0] = high  # which a shift below 1/2 rounds
+        times = shift_times(transport, transport.times(int(steps)), shift)
+        times[0] = high  # which a shift below 1/2 rounds
     else:
         times = torch.as_tensor(steps, dtype=torch.float64)
-    rule = f"must fall, within [{low:g}, {high:g}] of {transport.name!r}"
     falls = len(times) > 1 and bool((times.diff() < 0).all())
-    require(falls and times[0] <= high and times[-1] >= low, f"times {times.tolist()} {rule}")
+    require(falls and times[0] == high and times[-1] >= low, f"times {times.tolist()} must fall "
+            f"from {high:g}, within [{low:g}, {high:g}] of {transport.name!r}")  # fmt: skip
     return times
 
 
 @torch.no_grad()
 def generate(
     model: TiM, transport: Transport, z: Tensor, y, steps, guidance: float = 1.0, *,
-    interval=(0.0, 1.0), strict=False, null=None, shift=1.0, stochastic=0.0, local=False,
-    noise: Callable[[int], Tensor] | None = None, start: Tensor | None = None, strength=1.0,
-    trace: list | None = None,
+    interval=(0.0, 1.0), strict=False, null=None, shift=1.0, stochastic=0.0, diffusion_only=False,
+    noise: Callable[[int], Tensor] | None = None, trace: list | None = None,
 ) -> Tensor:  # fmt: skip
     """Carry noise to data: x_r = A x_t + B f, once per step.
 
     z           (B, C, H, W) ~ N(0, I); the state keeps its type, fp32 or fp64
     y           condition of the model, (B,) classes or a tuple (features, mask)
-    steps       a number of equal steps in t, or falling times; the first is t_max without `start`
+    steps       a number of steps (`Transport.times`), or falling times, the first t_max
     guidance    g: f = f_null + g (f_cond - f_null), one pass of twice the batch, where t lies in
-                `interval`, fractions of the transport's range with the ends; `strict`: without
+                `interval`, fractions of the transport's range with the ends; `strict`: without. A
+                network with a guide_range is shown g instead, or 1 outside the interval: one pass
     null        the condition that stands for none; default the no-class row
     shift       of a number of steps, see `shift_times`
     stochastic  s >= 0, otfm only: all steps but the first and the last are Euler-Maruyama steps of
                 the reverse SDE whose noise has variance 2 s t dt; noise(k), (B, C, H, W) ~ N(0, I),
                 is that of step k. Biased below about 50 steps
-    local       show the network r = t at every step: for one that was trained on r = t alone
-    start       (B or 1, C, H, W) clean: begin with it, noised by z to the first time, for a number
-                of steps the fraction `strength` of the range
+    diffusion_only  show the network r = t at every step: for one that was trained on r = t alone
     trace       gets (t, r, network evaluations per picture) of each step: NFE is counted
-    returns     (B, C, H, W), x at the last time. UserError for times that do not fit the transport
+    returns     (B, C, H, W), x at the last time. UserError for what does not fit transport or model
     """
-    times, t_max = sampling_times(transport, steps, shift, strength), transport.t_max
-    if start is None:
-        require(times[0] == t_max, f"times {times.tolist()}: must begin at {t_max:g}, or give `start`")
-        x = z * float(transport.sigma(times[0]))
-    else:
-        x = interpolate(transport, start, z, times[:1].float().to(z.device))
-    rule = f"is for 'otfm', this network was trained on {transport.name!r}"
-    require(not stochastic or transport.name == "otfm", f"--stochastic {stochastic:g} {rule}")
-    if model.guide_range:
-        low, high = model.guide_range
-        fits = guidance == 1 or low <= guidance <= high
-        require(fits, f"--guidance {guidance:g}: the network was trained with 1 and {low:g} to {high:g}")
-        y, guidance = (y, torch.full((len(z),), float(guidance), device=z.device)), 1.0
-    if null is None and guidance != 1:
+    times, f_of = sampling_times(transport, steps, shift), network_f(model, transport, model.predict)
+    check_stochastic(transport, stochastic)
+    check_guidance(model.guide_range, guidance, interval)
+    if null is None and guidance != 1 and not model.guide_range:
         require(model.classes is not None, "a text network is guided by `null`, features of no text")
         null = torch.full_like(y, model.classes)
-    f_of = network_f(model, transport)
     low, high = (round(end, 9) for end in interval)
+    x = z * float(transport.sigma(times[0]))
+
+    def evaluations(t) -> int:
+        """Of the network for one picture at t: 2 where it is guided by a second pass."""
+        return 2 if is_guided(t) and not model.guide_range else 1
+
+    def is_guided(t) -> bool:
+        place = round(float(transport.fraction(t)), 9)
+        inside = low < place < high if strict else low <= place <= high
+        return guidance != 1 and inside
+
+    def field(x, t, r):
+        """The guided f(x_t, t, r, y), in the type of x. t, r: 0-d float64 on the CPU."""
+        n = evaluations(t) * len(x)
+        t_seen = t.float().to(x.device).expand(n)
+        r_seen = t_seen if diffusion_only else r.float().to(x.device).expand(n)
+        if model.guide_range:
+            shown = torch.full((n,), guidance if is_guided(t) else 1.0, device=x.device)
+            return f_of(x, t_seen, r_seen, (y, shown)).to(x.dtype)
+        if not is_guided(t):
+            return f_of(x, t_seen, r_seen, y).to(x.dtype)
+        f_cond, f_null = f_of(cat(x, x), t_seen, r_seen, cat(y, null)).to(x.dtype).chunk(2)
+        return f_null + guidance * (f_cond - f_null)
 
     for k, (t, r) in enumerate(zip(times[:-1], times[1:])):
-        fraction = round(float((t - transport.t_min) / (t_max - transport.t_min)), 9)
-        guided = guidance != 1 and (low < fraction < high if strict else low <= fraction <= high)
-        copies = 2 if guided else 1
-        t_seen = t.float().to(x.device).expand(copies * len(x))
-        r_seen = t_seen if local else r.float().to(x.device).expand(copies * len(x))
-        if guided:
-            f_cond, f_null = f_of(cat(x, x), t_seen, r_seen, cat(y, null)).to(x.dtype).chunk(2)
-            f = f_null + guidance * (f_cond - f_null)
-        else:
-            f = f_of(x, t_seen, r_seen, y).to(x.dtype)
+        f = field(x, t, r)
         if stochastic and 0 < k < len(times) - 2:
-            eps = solve(transport, x, f, t_seen[:1].to(x.dtype))[1]
+            eps = solve(transport, x, f, t[None].to(x))[1]
             renewed = float((2 * stochastic * t * (t - r)).sqrt())
             x = x - float(t - r) * (f + stochastic * eps) + renewed * noise(k).to(x)
         else:
             a, b = step_coefficients(transport, t, r)  # `transition.step`, A and B in float64
             x = float(a) * x + float(b) * f
         if trace is not None:
-            trace.append((float(t), float(r), copies))
+            trace.append((float(t), float(r), evaluations(t)))
     return x
+
+
+def check_stochastic(transport: Transport, stochastic: float) -> None:
+    require(not stochastic or transport.name == "otfm", f"--stochastic {stochastic:g} is for 'otfm', "
+            f"this network was trained on {transport.name!r}")  # fmt: skip
+
+
+def check_guidance(guide_range, guidance: float, interval) -> None:
+    """UserError for a guidance that is not a finite number, or was not in the training."""
+    low, high = interval
+    require(math.isfinite(guidance), f"--guidance {guidance}: not a finite number")
+    require(0 <= low <= high <= 1, f"--interval {low:g} {high:g}: two rising fractions in [0, 1]")
+    if guide_range:
+        least, most = guide_range
+        require(guidance == 1 or least <= guidance <= most, f"--guidance {guidance:g}: the network "
+                f"was trained with {least:g} to {most:g}, and 1")  # fmt: skip
 
 
 def sampling_options(config: dict, **given) -> dict:
@@ -280,20 +275,21 @@ def sampling_options(config: dict, **given) -> dict:
     raises  UserError for guidance of a network that knows no missing condition, and for bad values
     """
     train = config["train"]
+    second = train.get("guidance_low", 0.0), train.get("guidance_high", 1.0)  # edition
     options = {
-        "guidance": train["guidance"], "strict": train.get("guidance_strict", False),
-        "interval": (train.get("guidance_low", 0.0), train.get("guidance_high", 1.0)),
-        "stochastic": 0.0, "local": train.get("share_diffusion") == 1,
+        "guidance": train["guidance"], "interval": train.get("interval", second),
+        "strict": train.get("strict_interval", train.get("guidance_strict", False)),
+        "stochastic": 0.0, "diffusion_only": train.get("share_diffusion") == 1,
     }  # fmt: skip
     options |= {name: value for name, value in given.items() if value is not None}
-    options["interval"] = low, high = tuple(options["interval"])
+    options["interval"] = tuple(options["interval"])
     guidance, transport = options["guidance"], TRANSPORTS[train["transport"]]
-    require(math.isfinite(guidance), f"--guidance {guidance}: not a finite number")
-    require(0 <= low <= high <= 1, f"--interval {low:g} {high:g}: two rising fractions in [0, 1]")
-    rule = "the checkpoint was trained with --drop 0 and knows no missing condition; use 1"
-    require(guidance == 1 or train["drop"], f"--guidance {guidance:g}: {rule}")
+    check_guidance(config["model"].get("guide_range"), guidance, options["interval"])
+    require(guidance == 1 or train["drop"], f"--guidance {guidance:g}: the checkpoint was trained "
+            "with --drop 0 and knows no missing condition; use 1")  # fmt: skip
     fits = options.get("shift", 1) == 1 or (transport.t_min, transport.t_max) == (0, 1)
     require(fits, f"--shift: needs times in [0, 1], the network was trained on {transport.name!r}")
+    check_stochastic(transport, options["stochastic"])
     return options
 
 
@@ -304,39 +300,33 @@ class Sampler:
     model: TiM
     transport: Transport
     config: dict  # as `load` gives it
-    spec: DataSpec  # with the size to draw
+    spec: Spec  # with the size to draw
     decode: Callable[[Tensor], np.ndarray]  # network space to uint8 pictures
-    texts: data.Texts | None  # of the prompts; a condition is then the number of a prompt
+    conditions: object  # data.ClassConditions or data.TextConditions
+    names: tuple[str, ...]  # classes or prompts; a condition is the number of one
     options: dict  # keywords of `generate`
     record: dict  # all that a picture depends on, but steps, seed and condition
-    start: Tensor | None = None  # (1, C, H, W), a picture to start from, noised to `strength`
-    strength: float = 1.0
 
     def latents(self, indices, conditions, steps, seed: int, trace=None) -> Tensor:
         """Samples in network space (n, C, H, W); a class or prompt number for each index."""
-        device, shape = next(self.model.parameters()).device, self.spec.shape
+        known, shape = len(self.names), self.spec.shape
+        valid = len(conditions) == len(indices) and all(-1 <= k < known for k in conditions)
+        require(valid, f"conditions {list(conditions)}: one for each index, from 0 to {known - 1}, "
+                "or -1 for none")  # fmt: skip
+        if self.spec.text:
+            y, null = self.conditions(["" if k < 0 else self.names[k] for k in conditions])
+        else:
+            y, null = self.conditions(conditions)
+        device = next(self.model.parameters()).device
         noise = partial(initial_noise, shape, seed, indices, device)
         tokens = shape[1] * shape[2] // self.model.patch**2
         shift = resolution_shift(tokens, self.config["train"].get("shift_tokens", 0))
-        options = {"shift": shift, "noise": noise, "trace": trace} | self.options
-        options |= {"start": self.start, "strength": self.strength}
-        known = self.texts.null if self.texts else len(self.spec.classes)
-        valid = len(conditions) == len(indices) and all(-1 <= k < known for k in conditions)
-        rule = f"one for each index, from 0 to {known - 1}, or -1 for none"
-        require(valid, f"conditions {list(conditions)}: {rule}")
-        y = torch.tensor(conditions, device=device)
-        if self.texts:
-            self.texts.fetch(y)
-            options["null"] = self.texts(torch.full_like(y, self.texts.null))
-            y = self.texts(y)
+        options = {"shift": shift, "noise": noise, "trace": trace, "null": null} | self.options
         return generate(self.model, self.transport, noise(), y, steps, **options)
 
     def draw(self, indices, conditions, steps, seed: int) -> np.ndarray:
         """`latents`, decoded: uint8 (n, H, W, C)."""
         return self.decode(self.latents(indices, conditions, steps, seed))
-
-    def condition_name(self, number: int) -> str:
-        return self.texts.captions[number] if self.texts else self.spec.classes[number]
 
 
 def open_sampler(
@@ -350,35 +340,39 @@ def open_sampler(
     """
     model, transport, config = load(path)
     device = torch.device(device)
-    options, spec = sampling_options(config, **given), DataSpec.from_json(config["data"])
-    dtype, texts = data.pick_dtype(device, precision), None
+    options, spec = sampling_options(config, **given), Spec.from_json(config["data"])
+    dtype = data.pick_dtype(device, precision)
     record = options | {
-        "weights": data.digest_file(checkpoint_file(path)), "step": config["step"],
-        "precision": str(dtype), "autoencoder": autoencoder or spec.autoencoder,
+        "weights": config["digest"], "step": config["step"], "precision": str(dtype),
+        "autoencoder": autoencoder or spec.autoencoder,
     }  # fmt: skip
     if spec.text:
         require(not isinstance(prompts, str), "prompts: a list of texts, not one")
-        prompts = list(prompts or spec.prompts)
-        require(prompts, f'{path} draws from text: give --prompts "a red apple" or --prompts_file')
+        names = tuple(prompts or spec.prompts)
+        require(names, f'{path} draws from text: give --prompts "a red apple" or --prompts_file')
+        for text in names:
+            require(data.printable(text) == text, f"--prompts {text!a}: not text in UTF-8; set the "
+                    "terminal to it, or give --prompts_file")  # fmt: skip
         name = text_encoder or spec.text["encoder"]
         encoder = data.load_text_encoder(name, device, spec.text["length"], not model.caption_mask)
         width, known = encoder.spec["width"], config["model"]["caption"]
-        rule = f"{path} was trained with {known} of {spec.text['encoder']}"
-        require(width == known, f"--text_encoder {name}: features are {width} wide, {rule}")
-        texts = data.Texts(data.Captions([[prompt] for prompt in prompts]), encoder, device)
+        require(width == known, f"--text_encoder {name}: features are {width} wide, {path} was "
+                f"trained with {known} of {spec.text['encoder']}")  # fmt: skip
+        conditions = data.TextConditions(encoder, device, names if len(names) <= data.TABLE else ())
         record["text_encoder"] = name
     else:
         require(not prompts, f"--prompts: {path} was trained on classes; give --classes")
+        conditions, names = data.ClassConditions(len(spec.classes), device), spec.classes
     decoder = data.Decoder(spec, device, autoencoder)
     lower_precision(model.to(device), dtype)
-    return Sampler(model, transport, config, spec, decoder, texts, options, record)
+    return Sampler(model, transport, config, spec, decoder, conditions, names, options, record)
 
 
 # --- Pictures -------------------------------------------------------------------------------------
 
 
 def make_folder(folder: Path) -> None:
-    with explain(OSError, f"--out: {folder} cannot be made", "give another"):
+    with explain(OSError, f"--out: {folder} cannot be made; give another"):
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -399,30 +393,47 @@ def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, f
         files.setdefault(file, []).append((index, condition))
     names, size = list(files), max(1, batch * len(files) // len(jobs))
     parts = [names[k : k + size] for k in range(0, len(names), size)]
+
+    def write(name, pictures):
+        picture = pictures[0]
+        if len(pictures) == 4:
+            picture = data.grid(pictures.reshape(2, 2, *pictures.shape[1:]), gap=0)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        data.write_picture(picture, folder / name)
+
     with ThreadPoolExecutor(2) as pool:
-        writes = []
+        writes = ()
         for part in tqdm(parts[rank::world_size], f"{steps} steps", disable=rank > 0):
             todo = [name for name in part if not (folder / name).exists()]
             if not todo:
                 continue
             indices, conditions = zip(*(picture for name in todo for picture in files[name]))
             drawn = sampler.draw(indices, conditions, steps, seed)
-            for write in writes:
-                write.result()  # raises what a thread met; at most one batch waits
-            writes = []
-            for name, pictures in zip(todo, np.split(drawn, len(todo))):
-                picture = pictures[0]
-                if len(pictures) == 4:  # dpg: four jobs share a file name
-                    picture = data.grid(pictures.reshape(2, 2, *pictures.shape[1:]), gap=0)
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                writes.append(pool.submit(data.write_picture, picture, folder / name))
-        for write in writes:
-            write.result()
+            list(writes)  # raises what a thread met; at most one batch waits
+            writes = pool.map(write, todo, np.split(drawn, len(todo)))
+        list(writes)
 
 
 def numbered(n: int, conditions: list[int]) -> list[tuple[str, int, int]]:
     """Jobs of n pictures 000000.png, 000001.png, ... of the conditions in turn."""
     return [(f"{i:06}.png", i, conditions[i % len(conditions)]) for i in range(n)]
+
+
+def write_npz(folder: Path, jobs: list, path: Path) -> None:
+    """The pictures of a folder in the form of ADM's scorers: arr_0, uint8 (N, H, W, 3)."""
+    pictures = [np.asarray(Image.open(folder / name).convert("RGB")) for name, *_ in jobs]
+    with data.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=np.stack(pictures))
+
+
+def write_captions(sampler: Sampler, jobs: list, folder: Path) -> None:
+    """captions.jsonl of the pictures of a text network; with those of a call with a larger -n."""
+    file, known = folder / "captions.jsonl", {}
+    if file.is_file():
+        known = data.read_captions(file.read_bytes(), str(file))
+    known |= {name: [sampler.names[k]] for name, _, k in jobs}
+    lines = [json.dumps({"image_file": k, "captions": v}) for k, v in known.items()]
+    data.write_text(file, "\n".join(lines) + "\n")
 
 
 def draw_grid(sampler: Sampler, conditions: list[int], steps: list[int], seed: int, path: Path):
@@ -431,54 +442,12 @@ def draw_grid(sampler: Sampler, conditions: list[int], steps: list[int], seed: i
     require(one, f"--out {path}: a grid is one .png file; or give -n for many")
     require(len(conditions) <= 100, f"{len(conditions)} columns are too many for a grid; give -n")
     rows = np.stack([sampler.draw(range(len(conditions)), conditions, n, seed) for n in steps])
-    names = [sampler.condition_name(k) for k in conditions]
+    names = [sampler.names[k] for k in conditions]
     labels = [f"{n} step" + "s" * (n > 1) for n in steps]
     picture = data.grid(rows, scale=max(1, 64 // rows.shape[2]), names=names, row_names=labels)
     if data.ranks()[0] == 0:
         make_folder(path.parent)
         data.write_picture(picture, path)
-
-
-# --- Benchmarks: prompts from their own files, pictures where their scorers look for them ---------
-
-
-def read_benchmark(kind: str, source: Path) -> tuple[list[str], list[tuple], list[bytes]]:
-    """Prompts, jobs and, for geneval, metadata of a benchmark; four pictures a prompt, mjhq one.
-
-    geneval  evaluation_metadata.jsonl, {"prompt", ...} a line: 00000/samples/00000.png to 00003.png
-    dpg      a folder of .txt files: NAME.png, the four as a mosaic
-    mjhq     meta_data.json, {key: {"category", "prompt"}}: category/key.jpg
-    """
-    lines, wrong = [], (OSError, ValueError, KeyError, TypeError, AttributeError)
-    with explain(wrong, f"--prompts {source}: not the prompts of {kind}", "give its own file"):
-        if kind == "geneval":
-            lines = [line for line in source.read_bytes().split(b"\n") if line.strip()]
-            prompts = [json.loads(line)["prompt"] for line in lines]
-            files = [f"{i:05}/samples/{k:05}.png" for i in range(len(lines)) for k in range(4)]
-        elif kind == "dpg":
-            texts = sorted(source.glob("*.txt"))
-            prompts = [file.read_text("utf-8").removesuffix("\n") for file in texts]
-            files = [f"{file.stem}.png" for file in texts for k in range(4)]
-        else:
-            table = json.loads(source.read_text("utf-8"))
-            prompts = [entry["prompt"] for entry in table.values()]
-            files = [f"{entry['category']}/{key}.jpg" for key, entry in table.items()]
-        inside = all(".." not in Path(file).parts and not Path(file).is_absolute() for file in files)
-        require(prompts and inside, f"--prompts {source}: no prompts, or files outside of --out")
-    return prompts, [(f, i, i * len(prompts) // len(files)) for i, f in enumerate(files)], lines
-
-
-def finish_geneval(folder: Path, lines: list[bytes]) -> None:
-    """grid.png, and the line as metadata.jsonl, of each prompt whose four pictures are there: every
-    rank does this at its end, so the last one finds all."""
-    for i, line in enumerate(lines):
-        prompt = folder / f"{i:05}"
-        four = [prompt / "samples" / f"{k:05}.png" for k in range(4)]
-        if all(file.is_file() for file in four) and not (prompt / "grid.png").is_file():
-            (prompt / "metadata.jsonl").write_bytes(line)
-            pictures = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in four])
-            mosaic = data.grid(pictures.reshape(2, 2, *pictures.shape[1:]), gap=0)
-            data.write_picture(mosaic, prompt / "grid.png")
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -508,17 +477,11 @@ def parse_arguments(argv=None):
     add("--seed", type=data.natural, default=0, help="of the noise (default 0)")
     add("-n", "--num", type=positive, help="write this many pictures into the folder --out, not a\n"
         "grid; torchrun has a --num of its own, so write -n behind it; run again to continue")
-    add("--out", type=Path, help="grid PNG (default samples.png); folder for -n and --bench")
+    add("--out", type=Path, help="grid PNG (default samples.png); folder for -n, or an .npz of ADM")
     add("--batch", type=positive, default=100, help="pictures per pass (default 100)")
-    add("--image", type=Path, help="start from this picture, noised to --strength")
-    add("--strength", type=data.number(float, math.ulp(0), 1, "a number above 0, at most 1"),
-        help="fraction of the times to begin at (default 0.6)")
     add("--size", type=positive, nargs=2, metavar=("H", "W"), help="pixels (default: as trained)")
     add("--autoencoder", help="folder or hub name (default: what the checkpoint names)")
     add("--text_encoder", help="folder or hub name (default: what the checkpoint names)")
-    add("--bench", choices=("geneval", "dpg", "mjhq"), help="draw the prompts of a benchmark:\n"
-        "--prompts is its file (dpg: folder), --out gets the layout that its scorer reads")
-    add("--export", type=Path, metavar="FILE", help="write one .safetensors file, and stop")
     add("--device", default="auto", help="auto (default: cuda, else cpu), cuda, mps or cpu")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of attention\n"
         "and MLP; auto (default) is bf16 on GPUs that have it in hardware, else fp32")
@@ -526,49 +489,41 @@ def parse_arguments(argv=None):
 
 
 def class_numbers(asked: list[str] | None, known: tuple[str, ...], many: bool) -> list[int]:
-    """Class numbers for --classes, each a number or a name. Default: the first ten, with `many` all."""
+    """Class numbers for --classes, each a name, exact or else in other case, or a number. Default:
+    the first ten, with `many` all."""
     if asked is None:
         return list(range(len(known) if many else min(10, len(known))))
     numbers = {str(i): i for i in range(len(known))}
     numbers |= {known[i].casefold(): i for i in reversed(range(len(known)))}  # of equals, the first
-    rule = f"classes are 0 to {len(known) - 1}, or names: {', '.join(known[:12])}"
-    for text in asked:
-        require(text.casefold() in numbers, f"--classes {text}: {rule}")
-    return [numbers[text.casefold()] for text in asked]
+    numbers |= {known[i]: i for i in reversed(range(len(known)))}
+    found = [numbers.get(text, numbers.get(text.casefold())) for text in asked]
+    for text, k in zip(asked, found):
+        require(k is not None, f"--classes {text}: classes are 0 to {len(known) - 1}, or names: "
+                f"{', '.join(known[:12])}")  # fmt: skip
+    return found
 
 
 def read_prompts(file: Path) -> list[str]:
-    wrong = OSError, UnicodeError
-    with explain(wrong, f"--prompts_file {file}: not text in UTF-8", "give another file"):
-        return file.read_text("utf-8").removesuffix("\n").split("\n")
+    with explain(OSError, f"--prompts_file {file}: cannot be read; give another file"):
+        raw = file.read_bytes()
+    return data.read_text(raw, f"--prompts_file {file}").removesuffix("\n").split("\n")
 
 
-def resized(sampler: Sampler, size: list[int]) -> DataSpec:
+def resized(sampler: Sampler, size: list[int]) -> Spec:
     """The spec for pictures of another size, (height, width) in pixels, than trained at."""
     spec, step = sampler.spec, sampler.spec.factor * sampler.model.patch
     nearest = [max(1, round(side / step)) * step for side in size]
-    rule = f"sides must be multiples of {step}; the nearest is {nearest[0]} {nearest[1]}"
-    require(nearest == size, f"--size {size[0]} {size[1]}: {rule}")
+    require(nearest == size, f"--size {size[0]} {size[1]}: sides must be multiples of {step}; the "
+            f"nearest is {nearest[0]} {nearest[1]}")  # fmt: skip
     return replace(spec, shape=(spec.shape[0], size[0] // spec.factor, size[1] // spec.factor))
 
 
 def main(argv=None):
     a = parse_arguments(argv)
     path, device = a.checkpoint or newest(), data.open_device(a.device)
-    if a.export:
-        require(a.export.suffix == ".safetensors", f"--export {a.export}: name a .safetensors file")
-        model, _, config = load(path)
-        save(a.export, model.state_dict(), config)
-        print(f"{a.export}: {sum(p.numel() for p in model.parameters()):,} parameters of {path}")
-        return
-    require(a.out or not (a.num or a.bench), "-n and --bench write many pictures; give --out FOLDER")
+    require(a.out or not a.num, "-n writes many pictures; give --out FOLDER, or a file .npz")
     require(not (a.prompts and a.prompts_file), "--prompts and --prompts_file: give one of them")
-    require(a.image or a.strength is None, f"--strength {a.strength}: only with --image PICTURE")
     prompts = read_prompts(a.prompts_file) if a.prompts_file else a.prompts
-    if a.bench:
-        alone = a.prompts and len(a.prompts) == 1 and not a.num
-        require(alone, f"--bench {a.bench}: give --prompts FILE (dpg: FOLDER) alone, without -n")
-        prompts, jobs, metadata = read_benchmark(a.bench, Path(a.prompts[0]))
     sampler = open_sampler(
         path, device, a.precision, prompts=prompts, autoencoder=a.autoencoder,
         text_encoder=a.text_encoder, guidance=a.guidance, interval=a.interval,
@@ -576,42 +531,34 @@ def main(argv=None):
     )  # fmt: skip
     if a.size:
         sampler.spec = resized(sampler, a.size)
-    if a.image:
-        sampler.start = data.encode_picture(a.image, sampler.spec, device, a.autoencoder)
-        sampler.strength = 0.6 if a.strength is None else a.strength
-        sampler.record |= {"image": data.digest_file(a.image), "strength": sampler.strength}
     if a.stochastic and min(a.steps) < 50:
         data.say(f"note: --stochastic {a.stochastic:g} is biased at few steps (variance +11% at 4)")
     step, guidance = sampler.config["step"], sampler.options["guidance"]
     what = "released weights" if step is None else f"weights of step {step}"
     data.say(f"{path}: {what}, guidance {guidance:g}")
-
-    if sampler.texts:
+    if sampler.spec.text:
         require(a.classes is None, f"--classes: {path} was trained on texts; give --prompts")
-        conditions = list(range(sampler.texts.null))
+        conditions = list(range(len(sampler.names)))
     else:
-        conditions = class_numbers(a.classes, sampler.spec.classes, a.num is not None)
-    names = [sampler.condition_name(k) for k in conditions]
-    if not (a.num or a.bench):
+        conditions = class_numbers(a.classes, sampler.names, a.num is not None)
+    names = [sampler.names[k] for k in conditions]
+    if not a.num:
         out = a.out or Path("samples.png")
         draw_grid(sampler, conditions, a.steps, a.seed, out)
         data.say(f"{out}: rows of {a.steps} steps, columns {', '.join(names)}")
         return
-    if not a.bench:
-        jobs = numbered(a.num, conditions)
-    sampler.record["conditions"] = data.Captions([[name] for name in names]).digest()
+    sampler.record["conditions"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+    jobs, npz = numbered(a.num, conditions), a.out.suffix == ".npz"
+    require(not npz or data.ranks()[1] == 1, f"--out {a.out}: with several ranks give a folder; then "
+            "the same command in one process with the .npz")  # fmt: skip
     for steps in a.steps:
-        folder = a.out / f"steps_{steps}" if len(a.steps) > 1 else a.out
+        folder = a.out.with_suffix("") if npz else a.out
+        folder = folder / f"steps_{steps}" if len(a.steps) > 1 else folder
         write_pictures(sampler, jobs, steps, a.seed, a.batch, folder)
-        if a.bench == "geneval":
-            finish_geneval(folder, metadata)
-        if sampler.texts and data.ranks()[0] == 0:
-            file, known = folder / "captions.jsonl", {}
-            if file.is_file():  # of a call with a larger -n
-                known = data.read_captions(file.read_bytes(), str(file))
-            known |= {name: [names[k]] for name, _, k in jobs}
-            lines = [json.dumps({"image_file": k, "captions": v}) for k, v in known.items()]
-            data.write_text(file, "\n".join(lines) + "\n")
+        if sampler.spec.text and data.ranks()[0] == 0:
+            write_captions(sampler, jobs, folder)
+        if npz:
+            write_npz(folder, jobs, folder.with_name(folder.name + ".npz"))
         data.say(f"{folder}: {len(jobs)} pictures at {steps} steps")
 
 

@@ -1,4 +1,4 @@
-"""Training: configurations, the step of the paper, sharding, checkpoints, log.
+"""Training: configurations, the step of the paper, sharding, checkpoints, log, and the run itself.
 
     python train.py                                              # demo on the embedded pictures
     python train.py --data FOLDER --name mine                    # one folder of pictures per class
@@ -7,17 +7,18 @@
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import math
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,20 +33,20 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from data import DataSpec, UserError, explain, flag, require
+from data import Spec, UserError, explain, flag, require
 from model import SIZES, TiM, lower_precision
-from sample import NO_CONDITION, Sampler, draw_grid, load, network_f, sampling_options, save
+from sample import Sampler, check_guidance, draw_grid, load, sampling_options, save
 from transition import (
-    KERNELS, TAUS, TRANSPORTS, TimeMixture, Transport, adaptive, cat, check_weight,
-    exact_derivative, expand, finite_difference, fixed_diffusion, guided_pair, interpolate,
-    resolution_shift, sample_loss, sample_times, solve, time_weight, transition_target,
+    KERNELS, TAUS, TRANSPORTS, TimeMixture, Transport, adaptive, cat, check_weight, choose, each,
+    exact_derivative, finite_difference, guided_pair, interpolate, network_f, resolution_shift,
+    sample_loss, sample_times, solve, time_weight, transition_target,
 )  # fmt: skip
 
 # --- Configuration --------------------------------------------------------------------------------
-
 
 # a checkpoint of a single process warns that torch.distributed is not in use
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -55,11 +56,13 @@ FLOAT, NOT_NEGATIVE, SHARE = data.positive_float, data.non_negative_float, data.
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Every field is a flag; the record travels in the checkpoint."""
+    """One run. Every field is a flag; the record travels in the checkpoint. "auto", 0 or nothing:
+    `resolve` fills it in, and prints what it chose."""
 
     data: str = flag("demo", "demo, emoji, fashion, mnist, cifar10, cifar100, random, or a folder:\n"
-        "latents of data.py encode, pictures in a folder per class, or pictures with captions")
-    text_encoder: str = flag("bytes", "of captions: bytes, or a folder or hub name of transformers")
+        "a set of data.py prepare, pictures in a folder per class, or pictures with captions")
+    text_encoder: str = flag("word_hashes", "of captions: word_hashes, or of transformers, a folder "
+        "or hub name")
     autoencoder: str = flag("", "latents must be of this autoencoder: sd-vae, dc-ae, a folder")
     mirror: bool | None = flag(None, "mirror pictures at random; default: where there are classes, except\n"
         "for demo, fashion and mnist")
@@ -87,7 +90,7 @@ class Config:
     tangent: str = flag("data", "df/dt along the path of the data's pair (x, eps), as in\n"
         "the paper, or of the pair that the network or its average sees at (t, t)",
         choices=("data", "network", "average"))
-    h: float = flag(0.0, "half width of the difference; 0 = .001 in fp32, .01 in bf16", NOT_NEGATIVE)
+    h: float = flag(0.0, "half width of the difference; 0 = as measured for the transport", NOT_NEGATIVE)
     tau: str = flag("tan", "interval weighting: function of time", choices=tuple(TAUS))
     kernel: str = flag("sqrt", "interval weighting: of tau(t) - tau(r)", choices=tuple(KERNELS))
     weight_sigma: float = flag(1.0, "interval weighting: sigma of the kernel", NOT_NEGATIVE)
@@ -95,12 +98,14 @@ class Config:
     adaptive: bool = flag(True, "divide each sample's loss by itself")
     guide_gt: float = flag(1.0, "guidance in the target: weight of the data's own target")
     guide_cond: float = flag(0.0, "guidance in the target: weight of the conditional prediction")
-    guide_range: tuple = flag((), "show the network its guidance, drawn between these two, or 1", FLOAT,
-        nargs=2, metavar=("LOW", "HIGH"))
+    guide_range: tuple = flag((), "guidance as a condition: drawn between LOW and HIGH, or 1, for\n"
+        "each sample, in the target and shown to the network, in place of --guide_gt; without\n"
+        "numbers: none", FLOAT, nargs="*", metavar="LOW HIGH")
     guide_low: float = flag(0.0, "guidance in the target from this fraction of the times", SHARE)
     guide_high: float = flag(1.0, "guidance in the target up to this fraction", SHARE)
     align: float = flag(0.0, "weight of the loss that aligns tokens with features", NOT_NEGATIVE)
     align_depth: int = flag(8, "block that is aligned; the authors: 4 for B, 8 for XL", POSITIVE)
+    align_encoder: str = flag("nvidia/C-RADIOv2-B", "image encoder of these features: a folder or hub name")
     drop: float = flag(0.1, "share of conditions dropped", SHARE)
     init: str = flag("", "start from the weights of this run folder, file or hub name")
     init_anyway: bool = flag(False, "allow --init from another transport or prediction")
@@ -114,13 +119,14 @@ class Config:
     weight_decay: float = flag(0.01, "AdamW's weight decay", NOT_NEGATIVE)
     clip: float = flag(1.0, "largest gradient norm", FLOAT)
     ema: float = flag(0.9999, "decay of the averaged weights; (1 + n) / (10 + n) if less", SHARE)
-    precision: str = flag("auto", "of attention and MLP; auto = bf16 on GPUs that have it",
-        choices=("auto", "fp32", "bf16"))
+    precision: str = flag("auto", "of attention and MLP; auto = bf16 on GPUs that have it, fp32 for\n"
+        "networks up to 256 wide", choices=("auto", "fp32", "bf16"))
     replicate: int = flag(1, "copies of the sharded network, dividing the ranks", POSITIVE)
     checkpointing: bool = flag(False, "recompute each block's activations in the backward pass")
     compile: bool = flag(False, "compile the blocks")
     device: str = flag("auto", "auto = cuda, else cpu; or cuda, mps, cpu",
         choices=("auto", "cuda", "mps", "cpu"))
+    config: str = flag("demo", "preset")
     name: str = flag("", "folder under runs/; default the preset's name, or that of --data")
     runs: str = flag("runs", "folder of the run folders")
     seed: int = flag(0, "of weights, data order, noise and times", NATURAL)
@@ -128,42 +134,40 @@ class Config:
     save_every: int = flag(1000, "updates per checkpoint; the end has one, too", POSITIVE)
     keep: int = flag(2, "newest checkpoints to keep", POSITIVE)
     keep_every: int = flag(0, "also keep checkpoints at multiples of this; 0 = none", NATURAL)
-    tensorboard: bool = flag(False, "write tensorboard events into the run folder, too")
-    sample_every: int = flag(0, "updates per sample grid; 0 = at the end only", NATURAL)
+    sample_every: int = flag(0, "updates per sample grid; 0 = eight grids in all", NATURAL)
     guidance: float = flag(1.0, "default guidance of sampling")
-    guidance_low: float = flag(0.0, "default interval of guidance, fraction of the times", SHARE)
-    guidance_high: float = flag(1.0, "default interval of guidance, fraction of the times", SHARE)
-    guidance_strict: bool = flag(False, "by default sampling leaves out the ends of the interval")
+    interval: tuple = flag((0.0, 1.0), "default interval of that guidance, fractions of the times",
+        SHARE, nargs=2, metavar=("LOW", "HIGH"))
+    strict_interval: bool = flag(False, "by default sampling leaves out the ends of the interval")
 
 
 GROUPS = {"data": "data", "size": "network", "transport": "objective", "init": "optimisation",
-          "precision": "machine", "name": "run"}  # first field: title in --help
+          "precision": "machine", "config": "run"}  # first field: title in --help
 
 IMAGENET = Config(
     data="latents/imagenet256", autoencoder="sd-vae", channels=4, side=32, classes=1000, size="XL",
     patch=2, steps=750_000, batch=512, lr=2e-4, warmup=0, compile=True, log_every=100,
-    save_every=5_000, keep_every=50_000, sample_every=10_000, guidance=2.5, guidance_high=0.6,
-    guidance_strict=True,
+    save_every=5_000, keep_every=50_000, sample_every=10_000, guidance=2.5, interval=(0.0, 0.6),
+    strict_interval=True,
 )
 LATENT_512 = {"data": "latents/imagenet512", "autoencoder": "dc-ae", "channels": 32, "side": 16,
-              "patch": 1, "guidance": 3.0, "guidance_high": 0.7}
+              "patch": 1, "guidance": 3.0, "interval": (0.0, 0.7)}
 GUIDED = {"guide_gt": 1.0, "guide_cond": 0.75, "guide_low": 0.3, "guide_high": 0.8, "guidance": 1.0}
 SMALL = Config(
-    time_mean=0.0, time_std=1.6, cosine=False, predict="x", tangent="network", guide_gt=2.0,
-    ema=0.998, decay=0.2, log_every=20,
+    time_mean=0.0, time_std=1.6, cosine=False, predict="x", tangent="network", ema=0.998, decay=0.2,
+    log_every=20,
 )
+ANY_GUIDANCE = {"guide_range": (1.0, 2.5), "guidance": 2.0}
 PRESETS = {
-    # fp32 on GPUs, too: a network this small is bound by launches, and bf16 has more of them
-    "demo": replace(SMALL, patch=7, steps=3600, batch=64, lr=3e-3, precision="fp32"),
+    "demo": replace(SMALL, steps=3600, lr=3e-3, **ANY_GUIDANCE),
     "emoji": replace(
-        SMALL, data="emoji", size="emoji", patch=8, steps=3500, batch=32, lr=1.5e-3,
-        precision="fp32",
+        SMALL, data="emoji", size="emoji", patch=8, steps=3500, batch=32, lr=1.5e-3, **ANY_GUIDANCE,
     ),
     # 256 tokens, 512 epochs: 1.4 hours of one H100 at 40% of its bf16 peak, computed from 4.5
     # forward passes of 17 GFLOPs a picture, not yet measured
     "cifar10": replace(
         SMALL, data="cifar10", channels=3, side=32, classes=10, size="S", patch=2, steps=100_000,
-        batch=256, lr=6e-4, warmup=1000, ema=0.9999, cosine=True, guide_gt=1.0, compile=True,
+        batch=256, lr=6e-4, warmup=1000, ema=0.9999, cosine=True, compile=True,
         sample_every=5_000, log_every=100,
     ),
     # the authors' recipes on the paper's transport: README, "What differs"
@@ -173,15 +177,14 @@ PRESETS = {
     "imagenet_xl_guided": replace(IMAGENET, **GUIDED),
     "imagenet_xl_512_guided": replace(IMAGENET, **LATENT_512 | GUIDED),
     "t2i_xl": replace(
-        IMAGENET, **LATENT_512 | {"data": "latents/t2i", "guidance": 2.5, "guidance_high": 1.0},
+        IMAGENET, **LATENT_512 | {"data": "latents/t2i", "guidance": 2.5, "interval": (0.0, 1.0)},
         classes=0, text_encoder=data.GEMMA, caption=1152, time_mean=0.0, time_std=1.6,
         steps=500_000, batch=2048, accumulate=2, lr=4e-4,
     ),
 }  # fmt: skip
 FREE = set(  # what a resumed run may change: a data set is compared by its contents
-    "data steps log_every save_every sample_every keep keep_every guidance guidance_low "
-    "guidance_high guidance_strict device compile runs name tensorboard init init_anyway "
-    "checkpointing replicate accumulate".split()
+    "data steps log_every save_every sample_every keep keep_every guidance interval strict_interval "
+    "device compile runs config name init init_anyway checkpointing replicate accumulate".split()
 )
 
 
@@ -191,30 +194,25 @@ def parse_config(argv=None) -> tuple[Config, int]:
     returns  the configuration, and the number of ranks of a --dry_run (0 = train).
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", choices=PRESETS, default="demo", help="preset (default demo)")
+    first.add_argument("--config", choices=PRESETS, default="demo")
     preset = PRESETS[first.parse_known_args(argv)[0].config]
     parser = argparse.ArgumentParser(
-        description=__doc__, usage="train.py [--config PRESET] [--FIELD VALUE ...]", parents=[first],
+        description=__doc__, usage="train.py [--config PRESET] [--FIELD VALUE ...]",
         allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="say what it would take, and stop")
     parser.add_argument("--world_size", type=POSITIVE, default=1, help="of --dry_run (default 1)")
     data.add_flags(parser, preset, GROUPS)
     given = vars(parser.parse_args(argv))
-    name, dry_run, world_size = (given.pop(k) for k in ("config", "dry_run", "world_size"))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    dry_run, world_size = given.pop("dry_run"), given.pop("world_size")
     require(dry_run or world_size == 1, "--world_size: only with --dry_run; torchrun sets it")
-    if given.get("data", preset.data) != preset.data and not preset.channels:
-        # not the preset's data, and the preset fixes no shape: what depends on them is found anew
-        known = Path(given["data"]).expanduser().resolve().name
-        name = f"{known}_{name}" if known in PRESETS else known or name
-        preset = replace(preset, patch=0, batch=0, sample_every=250)
-    if given.get("size", preset.size) != preset.size:
-        preset = replace(preset, precision="auto")
-    was, now = TRANSPORTS[preset.transport], TRANSPORTS[given.get("transport", preset.transport)]
-    if now.mean is None or (now.t_min, now.t_max) != (was.t_min, was.t_max):
-        preset = replace(preset, time_mean=None, time_std=None)  # the times of another range
-    cfg = replace(preset, **given)
-    return check(replace(cfg, name=cfg.name or name)), world_size if dry_run else 0
+    return check(replace(preset, **given)), world_size if dry_run else 0
+
+
+def is_guided(cfg: Config) -> bool:
+    """Whether the target is guided."""
+    return bool(cfg.guide_range) or (cfg.guide_gt, cfg.guide_cond) != (1, 0)
 
 
 def check(cfg: Config) -> Config:
@@ -225,76 +223,118 @@ def check(cfg: Config) -> Config:
         require(finite, f"--{name} {value}: not a finite number")
     total = cfg.share_diffusion + cfg.share_consistency
     require(total <= 1, f"--share_diffusion plus --share_consistency is {total:g}: at most 1")
-    guides = bool(cfg.guide_range) or (cfg.guide_gt, cfg.guide_cond) != (1, 0)
-    require(cfg.drop or not guides, "guidance in the target needs a dropped condition: --drop 0.1")
-    rule = "the guidance that is learned is --guide_gt / (1 - this); below 1"
+    require(cfg.drop or not is_guided(cfg), "guidance in the target needs a dropped condition: --drop 0.1")
     require(cfg.beta2 < 1, f"--beta2 {cfg.beta2:g}: below 1")
-    require(cfg.guide_cond < 1, f"--guide_cond {cfg.guide_cond:g}: {rule}")
-    for kind in ("guide", "guidance"):
-        low, high = getattr(cfg, f"{kind}_low"), getattr(cfg, f"{kind}_high")
-        require(low <= high, f"--{kind}_low {low:g}: at most --{kind}_high, which is {high:g}")
+    require(cfg.guide_cond < 1, f"--guide_cond {cfg.guide_cond:g}: below 1; the guidance that is "
+            "learned is --guide_gt / (1 - this)")  # fmt: skip
+    require(cfg.guide_low <= cfg.guide_high, f"--guide_low {cfg.guide_low:g}: at most --guide_high, "
+            f"which is {cfg.guide_high:g}")  # fmt: skip
+    if cfg.guide_range:
+        two = len(cfg.guide_range) == 2 and 1 <= cfg.guide_range[0] < cfg.guide_range[1]
+        require(two, f"--guide_range {cfg.guide_range}: two rising numbers, at least 1")
+        require(cfg.guide_gt == 1, f"--guide_gt {cfg.guide_gt:g}: guidance is drawn from --guide_range; "
+                "give that one without numbers")  # fmt: skip
+    check_guidance(cfg.guide_range, cfg.guidance, cfg.interval)
+    require(cfg.drop or cfg.guidance == 1, f"--guidance {cfg.guidance:g}: needs a dropped condition: "
+            "--drop 0.1")  # fmt: skip
     plain = "/" not in cfg.name and not cfg.name.startswith(".")
     require(plain, f"--name {cfg.name}: one folder name, without / or a leading dot; give another --name")
-    installed = not cfg.tensorboard or importlib.util.find_spec("tensorboard")
-    require(installed, "--tensorboard needs the package: pip install tensorboard")
-    drawn = cfg.time_mean is None and cfg.time_std is None
-    rule = f"times of {cfg.transport!r} are uniform or log-uniform and have neither; leave them out"
-    require(drawn or transport.mean is not None, f"--time_mean, --time_std: {rule}")
     unit = (transport.t_min, transport.t_max) == (0, 1)
-    rule = f"needs times in [0, 1], not those of {cfg.transport!r}; use 0"
-    require(unit or not cfg.shift_tokens, f"--shift_tokens {cfg.shift_tokens}: {rule}")
+    require(unit or not cfg.shift_tokens, f"--shift_tokens {cfg.shift_tokens}: needs times in [0, 1], "
+            f"not those of {cfg.transport!r}; use 0")  # fmt: skip
     if cfg.kernel != "constant":
-        with explain(ValueError, f"--tau {cfg.tau}", "give either flag"):
+        with explain(ValueError, f"--tau {cfg.tau}: give another, or another --transport"):
             check_weight(transport, cfg.tau)
     return cfg
 
 
-def half_width(cfg: Config, dtype: torch.dtype) -> float:
-    """h of the finite difference: truncation wants a small one, rounding in bf16 a larger one."""
-    return cfg.h or (0.01 if dtype == torch.bfloat16 else 0.001)
+def resolve(cfg: Config, spec: Spec, device: torch.device, world_size: int) -> Config:
+    """Fill in what was left to the data and the device, print it, and refuse what does not divide.
+
+    Patch: the smallest that divides the sides and leaves at most 4 x 4 tokens up to 32 pixels,
+    8 x 8 beyond, 16 x 16 of latents. Batch: 256 pictures on a GPU; on a CPU 64 of few tokens, else
+    32. Networks up to 256 wide are bound by launches, of which bf16 has more.
+    """
+    transport, (height, width) = TRANSPORTS[cfg.transport], spec.shape[1:]
+    sides = [height, width, *np.ravel(spec.buckets).astype(int).tolist()]
+    most = 16 if spec.kind == "latents" else 4 if height <= 32 else 8
+    fits = [p for p in range(1, height + 1) if all(side % p == 0 for side in sides)]
+    patch = cfg.patch or next(p for p in fits if height // p <= most or p == fits[-1])
+    require(patch in fits, f"--patch {patch}: {height}x{width} must be a multiple of it; one of "
+            f"{', '.join(map(str, fits))} fits")  # fmt: skip
+    tokens = (height // patch) * (width // patch)
+    one_rank = 256 if device.type == "cuda" else 64 if tokens <= 16 else 32
+    small = cfg.precision == "auto" and SIZES[cfg.size]["width"] <= 256
+    dtype = torch.float32 if small else data.pick_dtype(device, cfg.precision)
+    known = Path(cfg.data).expanduser().resolve().name
+    own = {
+        "patch": patch, "batch": cfg.batch or one_rank * world_size * cfg.accumulate,
+        "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "h": cfg.h or transport.h[dtype == torch.bfloat16],
+        "sample_every": cfg.sample_every or max(1, math.ceil(cfg.steps / 8)),
+        "name": cfg.name or (cfg.config if cfg.data == PRESETS[cfg.config].data else known),
+    }  # fmt: skip
+    if transport.mean is None:  # its times are uniform or log-uniform and have neither
+        own |= {"time_mean": None, "time_std": None}
+    chosen = [f"--{name} {value}" for name, value in own.items() if value != getattr(cfg, name)]
+    if chosen:
+        data.say(f"chosen for {height}x{width} ({tokens} tokens) on {device.type}: {' '.join(chosen)}")
+    cfg, parts = replace(cfg, **own), world_size * cfg.accumulate
+    larger = cfg.batch // parts * parts + parts
+    require(cfg.batch % parts == 0, f"--batch {cfg.batch}: must be a multiple of {world_size} ranks x "
+            f"{cfg.accumulate} micro-batches; {larger} is")  # fmt: skip
+    require(world_size % cfg.replicate == 0, f"--replicate {cfg.replicate}: must divide the number of "
+            f"ranks, {world_size}")  # fmt: skip
+    return cfg
 
 
 # --- The step -------------------------------------------------------------------------------------
 
 
-def objective(f, f_ema, transport: Transport, cfg: Config, batch: data.Batch, rng):
+def objective(f, f_ema, transport: Transport, cfg: Config, x, y, null, rng, features=None):
     """The paper's algorithm on one micro-batch.
 
-    f, f_ema  the network and its average as (x_t, t, r, y) -> f, see `sample.network_f`
-    batch     x (B, C, H, W) of unit variance, y (B,) classes or numbers of captions, features
+    f, f_ema  the network and its average, see `transition.network_f`
+    x         (B, C, H, W) of unit variance; y, null: its conditions and none, as the network takes them
     rng       the only source of randomness; cfg.h is half the width of the difference
-    returns   the loss to descend (0-d), and for the log raw loss, t, r and alignment, (B,) each
+    features  (B, N, F) of an image encoder, with cfg.align
+    returns   the loss to descend (0-d), and what the log averages, {name: (B,)}, with t and r
     """
-    x, shape = batch.x, batch.x.shape
+    t, r, same = sample_times(transport, len(x), time_mixture(cfg, x.shape), rng)      # (B,), (B,)
+    eps = torch.randn(x.shape, generator=rng, device=x.device)                       # (B, C, H, W)
     dropped = torch.rand(len(x), generator=rng, device=x.device) < cfg.drop
-    y = batch.y.masked_fill(dropped, NO_CONDITION)                                           # (B,)
-    t, r = sample_times(transport, len(x), time_mixture(cfg, shape), rng)              # (B,), (B,)
-    eps = torch.randn(shape, generator=rng, device=x.device)                         # (B, C, H, W)
+    y, guidance = choose(dropped, null, y), cfg.guide_gt
     if cfg.guide_range:
-        y = (y, draw_guidance(cfg, len(x), rng))
-    if cfg.guide_range or (cfg.guide_gt, cfg.guide_cond) != (1, 0):
-        x, eps = guide(f_ema, transport, cfg, x, eps, t, y)
-    df_dt = time_derivative(f, f_ema, transport, cfg, x, eps, t, r, y)
-    target = transition_target(transport, x, eps, t, r, df_dt)
+        w = draw_guidance(cfg, len(x), rng)                                                  # (B,)
+        y, null, guidance = (y, w), (null, w), w * (1 - cfg.guide_cond)
+    x_t = interpolate(transport, x, eps, t)                                  # fixed from here on
 
-    x_t, alignment = interpolate(transport, x, eps, t), torch.zeros_like(t)
+    pair = x, eps                                           # whose residual is the target at r = t
+    if is_guided(cfg):
+        place = transport.fraction(t)
+        use = ~dropped & (cfg.guide_low <= place) & (place <= cfg.guide_high)
+        f_cond, f_null = predictions(f_ema, cfg, x_t, t, y, null)
+        guided = guided_pair(transport, x, eps, t, f_cond, f_null, guidance, cfg.guide_cond)
+        pair = choose(use, guided, pair)
+
+    df_dt = torch.zeros_like(x)
+    if same < len(x):                              # the first samples have r = t, and B = 0 for it
+        f_path = {"data": None, "network": f, "average": f_ema}[cfg.tangent]
+        some = [each(lambda part: part[same:], condition) for condition in (pair, t, r, y)]
+        df_dt[same:] = time_derivative(f, f_path, transport, cfg, *some)
+    target = transition_target(transport, *pair, t, r, df_dt)
+
+    metrics = {"t": t, "r": r}
     if cfg.align:
         out, tokens = f(x_t, t, r, y, aligned=True)                              # tokens (B, N, F)
-        similarity = torch.cosine_similarity(tokens.float(), batch.features, dim=2)
-        alignment = (1 - similarity).mean(1)                                                 # (B,)
+        alignment = (1 - torch.cosine_similarity(tokens.float(), features, dim=2)).mean(1)   # (B,)
+        metrics["alignment"] = alignment.detach()
     else:
-        out = f(x_t, t, r, y)
+        out, alignment = f(x_t, t, r, y), 0.0
     raw = sample_loss(out, target, cfg.cosine)                                               # (B,)
     weight = time_weight(transport, t, r, cfg.tau, cfg.kernel, cfg.weight_sigma)
     loss = weight * (adaptive(raw) if cfg.adaptive else raw) + cfg.align * alignment
-    return loss.mean(), raw.detach(), t, r, alignment.detach()
-
-
-def draw_guidance(cfg: Config, n: int, rng) -> torch.Tensor:
-    """w (n,): log-uniform over cfg.guide_range, a tenth of them 1."""
-    low, high = cfg.guide_range
-    u, one = torch.rand(2, n, generator=rng, device=rng.device)
-    return torch.where(one < 0.1, torch.ones_like(u), low * (high / low) ** u)
+    return loss.mean(), metrics | {"loss": raw.detach()}
 
 
 def time_mixture(cfg: Config, shape) -> TimeMixture:
@@ -304,76 +344,80 @@ def time_mixture(cfg: Config, shape) -> TimeMixture:
     return TimeMixture(*shares, cfg.time_mean, cfg.time_std, cfg.diffusion_at, shift)
 
 
-def time_derivative(f, f_ema, transport: Transport, cfg: Config, x, eps, t, r, y):
-    """df/dt (B, C, H, W) where r < t, and zero for the first samples, with r = t, that need none.
-
-    Along the path of (x, eps) or, for cfg.tangent "network" or "average", of the pair that the
-    network or its average sees behind x_t. The target is linear in df/dt, so where that pair is the
-    conditional mean, the expectation of the target given x_t is the same (arXiv 2512.02012).
-    """
-    df_dt = torch.zeros_like(x)
-    moving = slice(fixed_diffusion(len(x), cfg.share_diffusion), None)  # see `sample_times`
-    x, eps, t, r = (v[moving] for v in (x, eps, t, r))
-    y = tuple(v[moving] for v in y) if isinstance(y, tuple) else y[moving]
-    if not len(x):
-        return df_dt
-    if cfg.tangent != "data":
-        with torch.no_grad():
-            x_t, own = interpolate(transport, x, eps, t), f if cfg.tangent == "network" else f_ema
-            x, eps = solve(transport, x_t, own(x_t, t, t, y), t)
-    if cfg.derivative == "jvp":
-        df_dt[moving] = exact_derivative(f, transport, x, eps, t, r, y)
-    else:
-        df_dt[moving] = finite_difference(f, transport, x, eps, t, r, y, cfg.h)
-    return df_dt
+def draw_guidance(cfg: Config, n: int, rng) -> torch.Tensor:
+    """w (n,): log-uniform over cfg.guide_range, a tenth of them 1."""
+    low, high = cfg.guide_range
+    u, one = torch.rand(2, n, generator=rng, device=rng.device)
+    return torch.where(one < 0.1, torch.ones_like(u), low * (high / low) ** u)
 
 
 @torch.no_grad()
-def guide(f_ema, transport: Transport, cfg: Config, x, eps, t, y):
-    """(x, eps) of a guided residual, where t is in cfg's range and the condition not dropped."""
-    w_gt, number = cfg.guide_gt, y
-    if cfg.guide_range:
-        number, w = y
-        w_gt = expand(w * (1 - cfg.guide_cond), x)
-    null = torch.full_like(number, NO_CONDITION)
-    null = (null, w) if cfg.guide_range else null
-    x_t, f_cond = interpolate(transport, x, eps, t), None
-    if cfg.guide_cond:
-        s = cat(t, t)
-        f_cond, f_null = f_ema(cat(x_t, x_t), s, s, cat(y, null)).chunk(2)
-    else:
-        f_null = f_ema(x_t, t, t, null)
-    pair = guided_pair(transport, x, eps, t, f_cond, f_null, w_gt, cfg.guide_cond)
-    fraction = (t - transport.t_min) / (transport.t_max - transport.t_min)
-    use = (number != NO_CONDITION) & (cfg.guide_low <= fraction) & (fraction <= cfg.guide_high)
-    return tuple(torch.where(expand(use, x), new, old) for new, old in zip(pair, (x, eps)))
+def predictions(f_ema, cfg: Config, x_t, t, y, null):
+    """The average's f at r = t with the condition, None where nothing asks for it, and without."""
+    if not cfg.guide_cond:
+        return None, f_ema(x_t, t, t, null)
+    s = cat(t, t)
+    return f_ema(cat(x_t, x_t), s, s, cat(y, null)).chunk(2)
 
 
-class Networks(NamedTuple):
-    model: torch.nn.Module
-    ema: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+def time_derivative(f, f_path, transport: Transport, cfg: Config, pair, t, r, y):
+    """df/dt (B, C, H, W) along the path of a pair (x, eps), or, with f_path, of the pair that this
+    function sees behind x_t. The target is linear in df/dt, so where that pair is the conditional
+    mean, the expectation of the target given x_t is the same (arXiv 2512.02012)."""
+    if f_path is not None:
+        with torch.no_grad():
+            x_t = interpolate(transport, *pair, t)
+            pair = solve(transport, x_t, f_path(x_t, t, t, y), t)
+    if cfg.derivative == "jvp":
+        return exact_derivative(f, transport, *pair, t, r, y)
+    return finite_difference(f, transport, *pair, t, r, y, cfg.h)
 
 
-def train_step(networks: Networks, transport, cfg: Config, step: int, batches, texts=None):
-    """One update, without a host sync. batches: a data.Batch per micro-batch of this rank.
+class Networks(dcp.stateful.Stateful):
+    """What training changes, and a checkpoint holds: model, its average, optimizer."""
+
+    def __init__(self, model, ema, optimizer):
+        self.model, self.ema, self.optimizer = model, ema, optimizer
+
+    def state_dict(self) -> dict:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "ema": get_model_state_dict(self.ema)}
+
+    def load_state_dict(self, state: dict) -> None:
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **parts)
+        set_model_state_dict(self.ema, state["ema"])
+
+
+class MicroBatch(NamedTuple):
+    """On the device: x as it is stored, conditions and none, features to align with."""
+
+    x: torch.Tensor
+    y: object
+    null: object
+    features: torch.Tensor | None = None
+
+
+def train_step(networks: Networks, transport, cfg: Config, spec: Spec, step: int, parts: list):
+    """One update, without a host sync. parts: the micro-batches of this rank.
 
     All draws are a function of (seed, step, slot), slot = rank * accumulate + k: two ranks of one
-    slot and one rank of two draw the same. Returns the gradient norm (0-d), and of this rank's pictures
-    raw loss, t, r and alignment.
+    slot and one rank of two draw the same. Returns the gradient norm (0-d), and what the log averages
+    over this rank's pictures, {name: (n,)}.
     """
-    model, ema, optimizer = networks
-    f, f_ema = network_f(model, transport, texts), network_f(ema, transport, texts)
+    model, ema, optimizer = networks.model, networks.ema, networks.optimizer
+    f, f_ema = (network_f(net, transport, cfg.predict) for net in (model, ema))
     seen = []
-    for k, batch in enumerate(batches):
+    for k, (x, y, null, features) in enumerate(parts):
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(k + 1 == len(batches))
-            model.set_reshard_after_backward(k + 1 == len(batches))
-        slot = data.ranks()[0] * len(batches) + k
-        rng = data.rng(cfg.seed, step, slot, 1, device=batch.x.device)  # 1: not a key of sampling
-        loss, *parts = objective(f, f_ema, transport, cfg, batch, rng)
-        (loss / len(batches)).backward()
-        seen.append(parts)
+            model.set_requires_gradient_sync(k + 1 == len(parts))
+            model.set_reshard_after_backward(k + 1 == len(parts))
+        slot = data.ranks()[0] * len(parts) + k
+        rng = data.rng(cfg.seed, step, slot, 1, device=x.device)  # 1: not a key of sampling
+        x = data.network_space(x, spec, rng)
+        loss, metrics = objective(f, f_ema, transport, cfg, x, y, null, rng, features)
+        (loss / len(parts)).backward()
+        seen.append(metrics)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
@@ -382,7 +426,7 @@ def train_step(networks: Networks, transport, cfg: Config, step: int, batches, t
     update_average(ema, model, min(cfg.ema, (1 + step) / (10 + step)))
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    return norm, [torch.cat(parts) for parts in zip(*seen)]
+    return norm, {name: torch.cat([metrics[name] for metrics in seen]) for name in seen[0]}
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -391,329 +435,46 @@ def learning_rate(cfg: Config, step: int) -> float:
     return cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup), fall)
 
 
-def local(p: torch.Tensor) -> torch.Tensor:
+def own_shard(p: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor; any other tensor as it is."""
     return p.to_local() if isinstance(p, DTensor) else p
 
 
 @torch.no_grad()
 def update_average(ema, model, decay: float) -> None:
-    averaged, live = ([local(p) for p in m.parameters()] for m in (ema, model))
+    averaged, live = ([own_shard(p) for p in m.parameters()] for m in (ema, model))
     torch._foreach_lerp_(averaged, live, 1 - decay)
 
 
-# --- Many ranks. A process alone has no group: no collective ever runs there ----------------------
+# --- The network ----------------------------------------------------------------------------------
 
 
-def connect(device: torch.device) -> None:
-    """Join the ranks that torchrun started, if it did."""
-    torch._dynamo.config.suppress_errors = device.type == "cpu"  # no C++ compiler: run uncompiled
-    torch._dynamo.config.recompile_limit = 512  # one a shape: buckets, captions, batches
-    torch._dynamo.config.accumulated_recompile_limit = 512
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-
-
-def wrap(model, mesh, cfg: Config, dtype: torch.dtype):
-    """Checkpointed and compiled blocks, as cfg has it, and with a mesh FSDP2, a unit per block: fp32
-    master weights and reduction, attention and MLP in `dtype`.
-
-    adaLN is a unit of its own and stays fp32; inputs are never cast: bf16 would make t +- h noise.
-    An update runs the network two to four times: what trains is gathered once for all of them and
-    resharded by its backward pass; the average has none and is resharded at once.
-    """
-    trains = model.x_embedder.proj.weight.requires_grad  # the average does not
-    keep = {"reshard_after_forward": not trains}
-    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    low = replace(whole, param_dtype=torch.bfloat16) if dtype == torch.bfloat16 else whole
-    for block in model.blocks:
-        if cfg.checkpointing:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        if cfg.compile:
-            block.compile(dynamic=False)  # each shape of a native set is compiled as it is
-        if mesh is not None:
-            fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=whole, **keep)
-            fully_shard(block, mesh=mesh, mp_policy=low, **keep)
-    if mesh is None:
-        return model
-    return fully_shard(model, mesh=mesh, mp_policy=whole, **keep)
-
-
-def first_rank(action, *args) -> None:
-    """Run action(*args) on rank 0 while the others wait; an error is raised on all: none hangs."""
-    problem = None
-    if data.ranks()[0] == 0:
-        try:
-            action(*args)
-        except Exception as error:
-            problem = error
-    said = [problem and str(problem)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(said)
-    if problem and not isinstance(problem, (OSError, UserError)):
-        raise problem  # a fault of the code, with its traceback
-    require(said[0] is None, said[0])
-
-
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def read_later(tensor: torch.Tensor):
-    """A function that gives the tensor's values and waits for no work that is queued after now."""
-    if tensor.device.type != "cuda":
-        return tensor.tolist
-    host, event = torch.empty_like(tensor, device="cpu", pin_memory=True), torch.cuda.Event()
-    host.copy_(tensor, non_blocking=True)
-    event.record()
-
-    def read():
-        event.synchronize()
-        return host.tolist()
-
-    return read
-
-
-# --- Checkpoints ----------------------------------------------------------------------------------
-
-
-def training_state(networks: Networks) -> dict:
-    model, optimizer = get_state_dict(networks.model, networks.optimizer)
-    return {"model": model, "optimizer": optimizer, "ema": get_model_state_dict(networks.ema)}
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The complete ones, oldest first."""
-    return sorted((run / "checkpoints").glob("step_" + 8 * "[0-9]"))
-
-
-def write_checkpoint(run: Path, step: int, networks: Networks, record: dict) -> None:
-    """Write aside, rename when complete, then remove old ones: a complete one is always there."""
-    final = run / "checkpoints" / f"step_{step:08d}"
-    aside, record = final.with_suffix(".tmp"), record | {"step": step}
-    first_rank(lambda: shutil.rmtree(aside, ignore_errors=True))
-    way = "older ones are whole; free the disk and run again"
-    with explain((CheckpointException, OSError), f"{aside} not written", way):
-        alone = not dist.is_initialized()
-        dcp.save(training_state(networks), checkpoint_id=aside, no_dist=alone)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    whole = get_model_state_dict(networks.ema, options=options)
-
-    def finish():
-        save(run / "ema.safetensors", whole, record)
-        (aside / "config.json").write_text(json.dumps(record, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        keep, every = record["train"]["keep"], record["train"]["keep_every"]
-        for old in checkpoints(run)[:-keep]:
-            if not every or int(old.name[5:]) % every:
-                shutil.rmtree(old)
-
-    first_rank(finish)
-
-
-def resume(run: Path, networks: Networks, record: dict) -> int:
-    """Load the newest complete checkpoint, if any; returns the number of updates done.
-
-    raises UserError if it was made with other settings, by name: only those in FREE may differ.
-    """
-    found = checkpoints(run)
-    if not found:
-        return 0
-    old = data.read_json(found[-1] / "config.json")
-    old["train"] = asdict(Config()) | old["train"]  # settings younger than the run
-    for part, free in (("train", FREE), ("model", set()), ("data", {"mean", "std"})):
-        compared = sorted(record[part].keys() & old[part].keys() - free)
-        for name in sorted(compared, key=lambda name: name != "precision"):  # h follows from it
-            was, now = old[part][name], json.loads(json.dumps(record[part][name]))
-            rule = f"{found[-1]} was trained with {part} {name} = {str(was)[:200]}"
-            require(was == now, f"{rule}, not {str(now)[:200]}; set it back or use a new --name")
-    same = old.get("fingerprint", record["fingerprint"]) == record["fingerprint"]
-    for name in ("mean", "std"):  # of files, which the fingerprint knows by name
-        same = same and math.isclose(old["data"][name], record["data"][name], rel_tol=0.01)
-    rule = "was trained on other pictures or captions than --data has now"
-    require(same, f"{found[-1]} {rule}; use those or a new --name")
-    state = training_state(networks)  # to be filled in place
-    way = "remove it to go on from the one before"
-    with explain((CheckpointException, OSError), f"{found[-1]} cannot be read", way):
-        dcp.load(state, checkpoint_id=found[-1], no_dist=not dist.is_initialized())
-    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    set_state_dict(networks.model, networks.optimizer, **parts)
-    set_model_state_dict(networks.ema, state["ema"])
-    if record["train"]["decay"] and record["train"]["steps"] != old["train"]["steps"]:
-        end = f"was to end at update {old['train']['steps']}; its rate fell towards that end"
-        data.say(f"note: {found[-1]} {end}", sys.stderr)
-    return old["step"]
-
-
-# --------------------------------------------------------------------------------------------------
-# The log: log.jsonl, a line of averages every cfg.log_every updates (README, "Seeing the run")
-
-EDGES = (0.0, 0.25, 0.5, 0.75)  # bins of (t - r) over the transport's range: r = t, four quarters
-BINS = ("loss_equal", "loss_25", "loss_50", "loss_75", "loss_100")
-
-
-class Log:
-    """Sums on the device since the last line; every rank adds, rank 0 writes."""
-
-    def __init__(self, run: Path, cfg: Config, device, begin: int, about: dict):
-        self.cfg, transport = cfg, TRANSPORTS[cfg.transport]
-        self.span = transport.t_max - transport.t_min
-        self.edges = torch.tensor(EDGES, device=device)
-        self.first, self.board = data.ranks()[0] == 0, None
-        self.terminal = self.first and sys.stderr.isatty()
-        self.bar = tqdm(total=cfg.steps, initial=begin, disable=not self.terminal)
-        if self.first:
-            self.file = (run / "log.jsonl").open("a")
-            self.write(about)
-            if cfg.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(run)
-        self.clear()
-
-    def clear(self):
-        self.sums = torch.zeros(3, len(BINS), device=self.edges.device)  # loss, count, alignment
-        self.norm, self.steps, self.waited, self.began = 0.0, 0, 0.0, time.perf_counter()
-
-    def write(self, line: dict):
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-
-    def add(self, norm, loss, t, r, alignment, waited: float):
-        length = torch.bucketize((t - r) / self.span, self.edges)
-        self.sums.index_add_(1, length, torch.stack([loss, torch.ones_like(loss), alignment]))
-        self.norm, self.steps, self.waited = self.norm + norm, self.steps + 1, self.waited + waited
-        self.bar.update()
-
-    def flush(self, step: int):
-        """Averages over all ranks since the last line; every rank must call it."""
-        loss, count, alignment = sum_over_ranks(self.sums).tolist()
-        spent = time.perf_counter() - self.began
-        line = {"step": step, "loss": sum(loss) / sum(count)}
-        line["grad_norm"] = float(self.norm) / self.steps
-        line |= {name: a / b for name, a, b in zip(BINS, loss, count) if b}
-        line |= {"images_per_s": sum(count) / spent, "waiting": self.waited / spent}
-        line["lr"] = learning_rate(self.cfg, step - 1)
-        if self.cfg.align:
-            line["alignment"] = sum(alignment) / sum(count)
-        if self.edges.is_cuda:
-            line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        left = spent / self.steps * (self.cfg.steps - step)
-        self.clear()
-        if not self.first:
-            return
-        self.write(line)
-        shown = f"loss {line['loss']:.4f} (r = t {line.get('loss_equal', math.nan):.4f})"
-        shown += f"  {line['images_per_s']:.0f} img/s"
-        self.bar.set_postfix_str(shown)
-        if not self.terminal:
-            print(f"step {step} of {self.cfg.steps}  {shown}  {left:.0f} s left", flush=True)
-        if self.board:
-            for name, value in line.items():
-                self.board.add_scalar(name, value, step)
-
-
-def draw_curve(run: Path) -> None:
-    """runs/NAME/curve.png: the loss by length of the interval, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    lines = {}  # by step, as updates that were lost in a crash were made again
-    for text in (run / "log.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line that a crash cut short
-            line = json.loads(text)
-            lines[line.get("step", 0)] = line
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in BINS:
-        points = [(step, line[name]) for step, line in sorted(lines.items()) if name in line]
-        axes.plot(*zip(*points or [(1, math.nan)]), label=name.replace("loss_equal", "r = t"))
-    axes.set(xlabel="updates", ylabel="raw loss", yscale="log", title="by t - r, % of the range")
-    axes.legend()
-    figure.savefig(run / "curve.png", dpi=120)
-
-
-def fail_nonfinite(step: int, seen) -> None:
-    """The gradient was not finite, as every rank knows: say where, on all of them."""
-    (rank, world_size), bad = data.ranks(), []
-    for loss, t, r in zip(*(values.tolist() for values in seen[:3])):
-        if not math.isfinite(loss):
-            bad.append(f"rank {rank}: l = {loss:g}, t = {t:g}, r = {r:g}")
-    parts = [bad] * world_size
-    if dist.is_initialized():
-        dist.all_gather_object(parts, bad)
-    where = [line for part in parts for line in part] or [f"finite losses, t <= {seen[1].max():g}"]
-    raise UserError(
-        f"step {step}: the gradient is not finite ({'; '.join(where[:4])}). Nothing of it was saved, "
-        "the last checkpoint is good. Try a lower --lr or --precision fp32, and look at the data"
-    )
-
-
-# --- Set-up ---------------------------------------------------------------------------------------
-
-
-def fill_in(cfg: Config, spec: DataSpec, device: torch.device, world_size=1) -> Config:
-    """Fill in what was left to the data and the device: patch and batch, each 0.
-
-    Patch: the smallest that divides the sides and leaves at most 4 x 4 tokens up to 32 pixels,
-    8 x 8 beyond, 16 x 16 of latents. Batch: 256 pictures on a GPU; on a CPU 64 of few tokens, else 32.
-    """
-    height, width = spec.shape[1:]
-    sides = [height, width, *np.ravel(spec.buckets).astype(int).tolist()]
-    most = 4 if height <= 32 else 8
-    if spec.kind == "latents":
-        most = 16
-    fits = [p for p in range(1, height + 1) if all(side % p == 0 for side in sides)]
-    patch = cfg.patch or next(p for p in fits if height // p <= most or p == fits[-1])
-    rule = f"{height}x{width} must be a multiple of it; one of {', '.join(map(str, fits))} fits"
-    require(patch in fits, f"--patch {patch}: {rule}")
-    tokens = (height // patch) * (width // patch)
-    batch = cfg.batch
-    if not batch:
-        one_rank = 256 if device.type == "cuda" else 64 if tokens <= 16 else 32
-        batch = one_rank * world_size
-    if (patch, batch) != (cfg.patch, cfg.batch):
-        found = f"{height}x{width} pictures, --patch {patch} = {tokens} tokens, --batch {batch}"
-        data.say(f"chosen for these data on {device.type}: {found}")
-    return replace(cfg, patch=patch, batch=batch)
-
-
-def network_arguments(cfg: Config, spec: DataSpec, features=None) -> dict:
-    """Arguments of TiM for data of this spec; features (N, F) of a picture are aligned with."""
+def network_arguments(cfg: Config, spec: Spec, features: int = 0) -> dict:
+    """Arguments of TiM for data of this spec; features: their width, where tokens are aligned."""
     caption = spec.text["width"] if spec.text else 0
-    rule = "give a set with one folder per class, or pictures with captions"
-    require(spec.classes or caption, f"--data {cfg.data} has neither classes nor captions; {rule}")
-    rule = f"the text encoder {cfg.text_encoder} gives {caption}; change either"
-    require(cfg.caption in (0, caption), f"--caption {cfg.caption}: {rule}")
+    require(spec.classes or caption, f"--data {cfg.data} has neither classes nor captions; give a "
+            "set with one folder per class, or pictures with captions")  # fmt: skip
+    require(cfg.caption in (0, caption), f"--caption {cfg.caption}: the text encoder "
+            f"{cfg.text_encoder} gives {caption}; change either")  # fmt: skip
+    depth = SIZES[cfg.size]["depth"]
+    require(not cfg.align or cfg.align_depth <= depth, f"--align_depth {cfg.align_depth}: of {depth} blocks")
     network = {"channels": spec.shape[0], "patch": cfg.patch, **SIZES[cfg.size]}
-    network |= {"caption": caption} if caption else {"classes": len(spec.classes)}
-    for name in ("predict", "shared_time", "interval_attention", "rope_layout"):
+    network |= {"caption": caption or None, "classes": None if caption else len(spec.classes)}
+    for name in ("predict", "shared_time", "interval_attention", "rope_layout", "caption_mask"):
         network[name] = getattr(cfg, name)
-    if cfg.guide_range:
-        network["guide_range"] = list(cfg.guide_range)
-    if caption:
-        network["caption_mask"] = cfg.caption_mask
-    if cfg.align:
-        tokens = spec.shape[1] * spec.shape[2] // cfg.patch**2
-        depth, rule = SIZES[cfg.size]["depth"], "encode them with another --grid, or --align_depth"
-        fits = features and features[0] == tokens and cfg.align_depth <= depth
-        require(fits, f"--align: features {features} for {tokens} tokens, {depth} blocks; {rule}")
-        network["projector"] = [cfg.align_depth, 2048, features[1]]
+    network["guide_range"] = list(cfg.guide_range) or None
+    network["projector"] = [cfg.align_depth, 2048, features] if cfg.align else None
     return network
 
 
-def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) -> Networks:
+def build(cfg: Config, network: dict, device: torch.device) -> Networks:
     """The network, its average and the optimizer, sharded over all ranks.
 
-    A rank alone has nothing to shard and runs without FSDP, whose copies and hooks cost more than
-    an update on one GPU; the fp32 master weights of bf16 are then cast at every pass.
+    bf16 has two ways here. A rank alone has nothing to shard and runs without FSDP, whose copies and
+    hooks cost more than an update on one GPU: its fp32 weights are cast at every pass. FSDP casts
+    while it gathers, which halves what goes over the wire.
     """
-    torch.manual_seed(cfg.seed)  # every rank the same weights
+    torch.set_rng_state(data.rng(cfg.seed, 0, 0, 2).get_state())  # every rank the same weights
     model, ema = TiM(**network), TiM(**network).requires_grad_(False)
     if cfg.init:
         start_from(model, cfg)
@@ -726,9 +487,9 @@ def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) 
         mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
     else:
         for part in (model.to(device), ema.to(device)):
-            if dtype == torch.bfloat16:
+            if cfg.precision == "bf16":
                 lower_precision(part, masters=True)
-    model, ema = wrap(model, mesh, cfg, dtype), wrap(ema, mesh, cfg, dtype)
+    model, ema = shard(model, mesh, cfg), shard(ema, mesh, cfg)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6,
         weight_decay=cfg.weight_decay, fused=device.type != "mps",
@@ -736,259 +497,492 @@ def build(cfg: Config, network: dict, device: torch.device, dtype: torch.dtype) 
     return Networks(model, ema, optimizer)
 
 
+def shard(model, mesh, cfg: Config):
+    """Checkpointed and compiled blocks, as cfg has it, and with a mesh FSDP2, a unit per block: fp32
+    master weights and reduction, attention and MLP in cfg.precision.
+
+    adaLN is a unit of its own and stays fp32; inputs are never cast: bf16 would make t +- h noise.
+    An update runs the network two to four times: what trains is gathered once for all of them and
+    resharded by its backward pass; the average has none and is resharded at once.
+    """
+    trains = model.x_embedder.proj.weight.requires_grad  # the average does not
+    keep = {"reshard_after_forward": not trains}
+    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    low = replace(whole, param_dtype=torch.bfloat16) if cfg.precision == "bf16" else whole
+    for block in model.blocks:
+        if cfg.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            block.compile(dynamic=False)  # each shape of a native set is compiled as it is
+        if mesh is not None:
+            fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=whole, **keep)
+            fully_shard(block, mesh=mesh, mp_policy=low, **keep)
+    return model if mesh is None else fully_shard(model, mesh=mesh, mp_policy=whole, **keep)
+
+
 def start_from(model: TiM, cfg: Config) -> None:
     """--init: weights of a run, a file or the hub. With another number of classes the class rows
-    start fresh, but for the row of no class; all else must fit, transport and prediction too."""
+    start fresh, but for the row of no class; a guide_embedder that the file lacks does, too; all
+    else must fit, transport and prediction too."""
     old, transport, _ = load(cfg.init)
     for name, was in (("transport", transport.name), ("predict", old.predict)):
         now = getattr(cfg, name)
-        way = f"give --{name} {was}, or --init_anyway to train them onto {now}"
-        fits = was == now or cfg.init_anyway
-        require(fits, f"--init {cfg.init}: was trained with {name} {was}; {way}")
+        require(was == now or cfg.init_anyway, f"--init {cfg.init}: was trained with {name} {was}; "
+                f"give --{name} {was}, or --init_anyway to train them onto {now}")  # fmt: skip
     for name in ("caption_mask", "rope_layout") if old.classes is None else ():
         was = getattr(old, name)
         way = "--no-caption_mask" if was is False else f"--{name} {was}"
-        fits = was == getattr(model, name)
-        require(fits, f"--init {cfg.init}: was trained with {name} {was}; give {way}")
+        require(was == getattr(model, name), f"--init {cfg.init}: was trained with {name} {was}; give {way}")
     state, fresh = old.state_dict(), model.state_dict()
     table = "y_embedder.embedding_table.weight"
     if table in state and table in fresh and len(state[table]) != len(fresh[table]):
         state[table] = torch.cat([fresh[table][:-1], state[table][-1:]])
-    state |= {k: v for k, v in fresh.items() if k.startswith("projector.")}
+    new = ("projector.", "guide_embedder.")
+    state |= {k: v for k, v in fresh.items() if k.startswith(new) and k not in state}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        way = "give the --size, --patch and kind of data that it was trained with"
         why = " ".join(str(error).split())[:300]
-        raise UserError(f"--init {cfg.init} does not fit the network ({why}); {way}") from error
+        raise UserError(f"--init {cfg.init} does not fit the network ({why}); give the --size, --patch "
+                        "and kind of data that it was trained with") from error  # fmt: skip
 
 
 def dry_run(cfg: Config, world_size: int) -> None:
-    """Print what a run would be and take, from the shapes of network and pictures alone."""
+    """Print what a run would be and take, by arithmetic alone; activations are not in it."""
     if cfg.data in ("demo", "emoji"):  # they are in the repository
         spec = data.open_data(cfg.data).spec
-        caption = 0 if spec.classes else data.BYTES["width"]
+        caption = 0 if spec.classes else data.HASHES["width"]
         known = {"channels": spec.shape[0], "side": spec.shape[1], "classes": len(spec.classes)}
         cfg = replace(cfg, caption=caption, **known)
     known = cfg.channels and cfg.side and (cfg.classes or cfg.caption)
-    rule = "give --channels, --side, and --classes or --caption"
-    require(known, f"--dry_run does not open --data {cfg.data}: {rule}")
+    require(known, f"--dry_run does not open --data {cfg.data}: give --channels, --side, and --classes "
+            "or --caption")  # fmt: skip
     text = {"width": cfg.caption} if cfg.caption else None
     shape, classes = (cfg.channels, cfg.side, cfg.side), tuple(map(str, range(cfg.classes)))
-    spec = DataSpec("latents" if cfg.autoencoder else "pixels", shape, classes=classes, text=text)
-    cfg = fill_in(cfg, spec, torch.device("cuda"), world_size)
-    check_divides(cfg, world_size)
-    share, tokens = cfg.batch // (world_size * cfg.accumulate), (cfg.side // cfg.patch) ** 2
+    spec = Spec("latents" if cfg.autoencoder else "pixels", shape, classes=classes, text=text)
+    cfg = resolve(cfg, spec, torch.device("cuda"), world_size)
     with torch.device("meta"):
         model = TiM(**network_arguments(replace(cfg, align=0.0), spec))
-        x, t, y = torch.empty(share, *shape), torch.empty(share), torch.empty(share).long()
-        y = torch.empty(share, 256, cfg.caption) if cfg.caption else y  # captions of full length
-    if cfg.precision != "fp32":
-        lower_precision(model)
-    own, saved = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def count(v):  # flash attention keeps no N x N matrix, which the meta device does
-        scores = v.shape[-2:] == (tokens, tokens) and tokens != model.head
-        if v.untyped_storage()._cdata not in own and not scores:
-            saved[v.untyped_storage()._cdata] = v.untyped_storage().nbytes()
-        return v
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda v: v):
+        x, t, y = torch.empty(1, *shape), torch.empty(1), torch.empty(1).long()
+        y = torch.empty(1, 256, cfg.caption) if cfg.caption else y  # captions of full length
+        y = (y, t) if cfg.guide_range else y
+    with FlopCounterMode(display=False) as counter:
         model(x, t, t, y)
-    n = sum(p.numel() for p in model.parameters())
-    activations, depth = sum(saved.values()), len(model.blocks)
-    if cfg.checkpointing:  # of one block, and the inputs of all
-        activations = activations // depth + 4 * depth * share * tokens * SIZES[cfg.size]["width"]
+    moving = 1 - cfg.share_diffusion  # need a derivative, twice f, and its path
+    passes = 3 + moving * (2 + (cfg.tangent != "data"))
+    passes += (1 + bool(cfg.guide_cond)) * is_guided(cfg)
+    n, tokens = sum(p.numel() for p in model.parameters()), (cfg.side // cfg.patch) ** 2
     shards, images = world_size // cfg.replicate, cfg.steps * cfg.batch
-    tensors = len(list(model.parameters()))
-    print(f"{cfg.name}: {cfg.size}/{cfg.patch}, {n:,} parameters in {tensors} tensors")
+    flops = counter.get_total_flops()
+    print(f"{cfg.name}: {cfg.size}/{cfg.patch}, {n:,} parameters in {len(list(model.parameters()))} tensors")
     epochs = f" = {images / 1_281_167:.1f} epochs of ImageNet" if cfg.classes == 1000 else ""
-    print(f"{cfg.steps:,} updates x {cfg.batch} = {images:,} images{epochs}")
-    print(f"{world_size} ranks, {depth} blocks in {shards} shards, {share} images a micro-batch")
-    alone = world_size == 1  # then only what is cast to bf16 is there twice
-    gathered = sum(p.nbytes for p in model.parameters() if not alone or p.dtype == torch.bfloat16)
+    print(f"{cfg.steps:,} updates x {cfg.batch} = {images:,} images{epochs}, {tokens} tokens each")
+    print(f"{passes:g} forward passes of {flops / 1e9:.3g} GFLOPs an image, "
+          f"{passes * flops * cfg.batch / 1e12:.4g} TFLOPs an update")  # fmt: skip
+    print(f"{world_size} ranks, {shards} shards, "
+          f"{cfg.batch // (world_size * cfg.accumulate)} images a micro-batch")  # fmt: skip
     gradients = 4 * n / (shards if cfg.accumulate == 1 else 1)  # whole until they are summed
     sizes = {"weights": 4 * n / shards, "gradients": gradients, "optimizer": 8 * n / shards,
-             "average": 4 * n / shards, "gathered": gathered, "activations": activations}
+             "average": 4 * n / shards}
     for name, size in (sizes | {"total": sum(sizes.values())}).items():
-        print(f"  {name:16} {size / 2**30:8.3f} GiB a rank")
+        print(f"  {name:10} {size / 2**30:8.3f} GiB a rank")
+    print("without activations and gathered weights: --data random --steps 3 prints the peak on a GPU")
 
 
-def check_divides(cfg: Config, world_size: int) -> None:
-    """Raise UserError unless the batch and the copies divide over the ranks."""
-    parts = world_size * cfg.accumulate
-    rule = f"must be a multiple of {world_size} ranks x {cfg.accumulate} micro-batches"
-    larger = cfg.batch // parts * parts + parts
-    require(cfg.batch % parts == 0, f"--batch {cfg.batch}: {rule}; {larger} is")
-    divides = world_size % cfg.replicate == 0
-    require(divides, f"--replicate {cfg.replicate}: must divide the number of ranks, {world_size}")
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete ones, oldest first."""
+    return sorted((run / "checkpoints").glob("step_" + 8 * "[0-9]"))
+
+
+def publish(run: Path, newest: Path) -> None:
+    """Make RUN/ema.safetensors that of the newest checkpoint: a link, or a copy where there are none."""
+    source = newest / "ema.safetensors"
+    with data.replacing(run / "ema.safetensors") as file:
+        try:
+            os.link(source, file)
+        except OSError:
+            shutil.copyfile(source, file)
+
+
+def write_checkpoint(run: Path, step: int, networks: Networks, record: dict) -> None:
+    """Write aside, wait for the disk, rename, then remove old ones: a complete one is always there."""
+    final, record = run / "checkpoints" / f"step_{step:08d}", record | {"step": step}
+    aside = final.with_suffix(".tmp")
+    data.first_rank(shutil.rmtree, aside, True)
+    failed = f"{aside} not written; older ones are whole; free the disk and run again"
+    with explain((CheckpointException, OSError), failed):
+        dcp.save({"train": networks}, checkpoint_id=aside, no_dist=not dist.is_initialized())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_model_state_dict(networks.ema, options=options)
+
+    def complete():
+        save(aside / "ema.safetensors", whole, record)
+        data.write_text(aside / "config.json", json.dumps(record, indent=1))
+        data.sync(aside)  # its files are, by those who wrote them
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        data.sync(final.parent)
+        publish(run, final)
+        keep, every = record["train"]["keep"], record["train"]["keep_every"]
+        for old in checkpoints(run)[:-keep]:
+            if not every or int(old.name[5:]) % every:
+                os.replace(old, old.with_suffix(".tmp"))  # half of one must not count as complete
+                shutil.rmtree(old.with_suffix(".tmp"), ignore_errors=True)
+
+    data.first_rank(complete)
+
+
+def compare(found: Path, record: dict) -> int:
+    """The number of updates of a checkpoint. UserError if it was made with other settings, by name:
+    only those in FREE may differ."""
+    old = data.read_json(found / "config.json")
+    old["train"] = asdict(Config()) | old["train"]  # settings younger than the run
+    for part, free in (("train", FREE), ("model", set()), ("data", {"mean", "std"})):
+        compared = sorted(record[part].keys() & old[part].keys() - free)
+        compared.sort(key=lambda name: name != "precision")  # name it first: h follows from it
+        for name in compared:
+            was, now = (json.loads(json.dumps(side[part][name])) for side in (old, record))
+            require(was == now, f"{found} was trained with {part} {name} = {str(was)[:200]}, not "
+                    f"{str(now)[:200]}; set it back or use a new --name")  # fmt: skip
+    require(old.get("fingerprint") == record["fingerprint"], f"{found} was trained on other pictures "
+            "or captions than --data has now; use those or a new --name")  # fmt: skip
+    if record["train"]["decay"] and record["train"]["steps"] != old["train"]["steps"]:
+        data.note(f"{found} was to end at update {old['train']['steps']}; its rate fell towards that end")
+    return old["step"]
+
+
+def remove_leftovers(run: Path) -> None:
+    for folder in (run / "checkpoints").glob("step_*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in run.glob("ema.safetensors.*.tmp"):
+        file.unlink()
+
+
+def resume(run: Path, networks: Networks, record: dict) -> int:
+    """Load the newest complete checkpoint, if any; returns the number of updates done. Leftovers of
+    a killed save are removed."""
+    data.first_rank(remove_leftovers, run)
+    found = data.first_rank(checkpoints, run)
+    if not found:
+        return 0
+    step = data.first_rank(compare, found[-1], record)
+    with explain((CheckpointException, OSError), f"{found[-1]} cannot be read; remove it to go on from "
+                 "the one before"):  # fmt: skip
+        state = {"train": networks}
+        dcp.load(state, checkpoint_id=found[-1], no_dist=not dist.is_initialized())
+    data.first_rank(publish, run, found[-1])
+    return step
+
+
+# --------------------------------------------------------------------------------------------------
+# The log: log.jsonl, a line of averages every cfg.log_every updates (README, "Seeing the run")
+
+EDGES = (0.0, 0.25, 0.5, 0.75)  # bins of (t - r) over the transport's range: r = t, four quarters
+BINS = ("loss_equal", "loss_25", "loss_50", "loss_75", "loss_100")
+
+
+class Log:
+    """Sums on the device since the last line; every rank adds, rank 0 writes."""
+
+    def __init__(self, run: Path, cfg: Config, transport: Transport, device, begin: int, about: dict):
+        self.cfg, self.transport, self.done = cfg, transport, begin
+        self.edges, self.file = torch.tensor(EDGES, device=device), None
+        writes = data.ranks()[0] == 0
+        self.terminal = writes and sys.stderr.isatty()
+        self.bar = tqdm(total=cfg.steps, initial=begin, disable=not self.terminal)
+        if writes:
+            path = run / "log.jsonl"
+            cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")  # by a crash
+            self.file = path.open("a")
+            if cut:
+                self.file.write("\n")
+            self.write(about)
+        self.clear()
+
+    def clear(self):
+        self.bins = torch.zeros(2, len(BINS), device=self.edges.device)  # sums of loss, counts
+        self.sums, self.norm, self.bad = {}, 0.0, 0
+        self.steps, self.waited, self.began = 0, 0.0, time.perf_counter()
+
+    def write(self, line: dict):
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def add(self, norm, metrics: dict, waited: float):
+        """Of one update: gradient norm (0-d), {name: (n,)}, seconds of waiting for data."""
+        t, r = (self.transport.fraction(metrics[name]) for name in ("t", "r"))
+        length, loss = torch.bucketize(t - r, self.edges), metrics["loss"]
+        self.bins.index_add_(1, length, torch.stack([loss, torch.ones_like(loss)]))
+        for name in metrics.keys() - {"t", "r", "loss"}:
+            self.sums[name] = self.sums.get(name, 0.0) + metrics[name].sum()
+        self.norm, self.bad = self.norm + norm, self.bad + ~norm.isfinite()
+        self.steps, self.waited, self.done = self.steps + 1, self.waited + waited, self.done + 1
+        self.bar.update()
+
+    def flush(self):
+        """Averages over all ranks since the last line; every rank must call it. UserError, on all
+        of them, if a gradient was not finite."""
+        names = sorted(self.sums)
+        sums = torch.cat([self.bins.flatten(), *(self.sums[name].reshape(1) for name in names)])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        sizes = [len(BINS), len(BINS), len(names)]
+        loss, count, others = (part.tolist() for part in sums.split(sizes))
+        n, spent = sum(count), time.perf_counter() - self.began
+        line = {"step": self.done, "loss": sum(loss) / n, "grad_norm": float(self.norm) / self.steps}
+        worst = [name for name, value in zip(BINS, loss) if not math.isfinite(value)]
+        data.first_rank(require, not int(self.bad), f"updates {self.done - self.steps + 1} to {self.done}: "
+                        f"{int(self.bad)} gradients were not finite (losses by t - r: "
+                        f"{', '.join(worst) or 'finite'}). Nothing of it was saved, the last checkpoint "
+                        "is good. Try a lower --lr or --precision fp32, and look at the data")  # fmt: skip
+        line |= {name: a / b for name, a, b in zip(BINS, loss, count) if b}
+        line |= {name: value / n for name, value in zip(names, others)}
+        line |= {"images_per_s": n / spent, "waiting": self.waited / spent}
+        line["lr"] = learning_rate(self.cfg, self.done - 1)
+        if self.bins.is_cuda:
+            line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        left = spent / self.steps * (self.cfg.steps - self.done)
+        self.clear()
+        if self.file is None:
+            return
+        self.write(line)
+        shown = f"loss {line['loss']:.4f} (r = t {line.get('loss_equal', math.nan):.4f})"
+        shown += f"  {line['images_per_s']:.0f} img/s"
+        if "memory_gib" in line:
+            shown += f"  {line['memory_gib']:.1f} GiB"
+        self.bar.set_postfix_str(shown)
+        if not self.terminal:
+            data.say(f"step {self.done} of {self.cfg.steps}  {shown}  {left:.0f} s left")
+
+    def close(self):
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+
+
+def draw_curve(run: Path) -> None:
+    """runs/NAME/curve.png: the loss by length of the interval."""
+    lines = {}  # by step, as updates that were lost in a crash were made again
+    for text in (run / "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a line that a crash cut short
+            line = json.loads(text)
+            lines[line.get("step", 0)] = line
+    curves = {name: [(k, line[name]) for k, line in lines.items() if name in line] for name in BINS}
+    data.plot(run / "curve.png", curves, xlabel="updates", ylabel="raw loss", yscale="log",
+              title="by t - r, % of the range")  # fmt: skip
 
 
 # --- The run --------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """What the loop needs, made by `set_up`."""
+class Stop:
+    """SIGTERM, SIGHUP and Ctrl-C ask for a save and an end, as often as they come; only a second
+    Ctrl-C ends at once. Handlers live in the main thread, within the `with`."""
 
-    folder: Path
-    cfg: Config  # with nothing left open
-    transport: Transport
-    networks: Networks
-    dataset: object  # see data.open_data
-    texts: data.Texts | None  # of the set's captions
-    sampler: Sampler  # draws the grids with the averaged weights
-    record: dict  # what a checkpoint remembers
-    device: torch.device
-    begin: int
+    def __init__(self):
+        self.seen, self.before = [], {}
+
+    def __enter__(self):
+        numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
+        for number in filter(None, numbers):
+            # under nohup a hang-up is ignored; torchrun passes on what it acts on itself
+            ignored = signal.getsignal(number) == signal.SIG_IGN and data.ranks()[1] == 1
+            if threading.current_thread() is threading.main_thread() and not ignored:
+                self.before[number] = signal.signal(number, self.on_signal)
+        return self
+
+    def on_signal(self, number, frame):
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+        if not self.seen:
+            with contextlib.suppress(OSError):  # nobody may be listening any more
+                os.write(2, b"\nstopping after this update, then saving; Ctrl-C again ends at once\n")
+        self.seen.append(number)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop: one number over all of them, on the CPU."""
+        told = torch.tensor([len(self.seen)])
+        if dist.is_initialized():
+            dist.all_reduce(told)
+        return bool(told)
 
 
-def set_up(cfg: Config, device: torch.device, dtype: torch.dtype) -> Run:
-    """Data, network and the newest checkpoint. Nothing is written before all of it fits."""
-    world_size = data.ranks()[1]
-    folder, transport = Path(cfg.runs) / cfg.name, TRANSPORTS[cfg.transport]
+def open_dataset(cfg: Config) -> data.DataSet:
     if cfg.data == "random":
-        dataset = data.random_data((cfg.channels, cfg.side, cfg.side), cfg.classes)
-    else:
-        source = Path(cfg.data).expanduser()
-        own = cfg.data not in ("", *data.NAMED) and not (source / "meta.json").is_file()
-        inside = own and source.resolve() in folder.resolve().parents
-        require(not inside, f"--runs {cfg.runs}: lies in --data {cfg.data}; give another --runs")
-        if cfg.data in data.TORCHVISION:  # rank 0 may have to download it
-            first_rank(data.open_data, cfg.data)
-        dataset = data.open_data(cfg.data, cfg.side, cfg.align > 0, cfg.mirror)
-        data.check_fits(dataset.spec, cfg.channels, cfg.side, cfg.classes, cfg.autoencoder)
+        return data.random_data((cfg.channels, cfg.side, cfg.side), cfg.classes)
+    absent = cfg.data not in data.SETS and not Path(cfg.data).expanduser().exists()
+    if cfg.autoencoder:
+        factor = dict(data.BY_CHANNELS.values()).get(cfg.autoencoder, 8)
+        data.first_rank(require, not absent, f"--data {cfg.data}: not there yet; make it: torchrun "
+                        f"--nproc_per_node=8 data.py prepare --images FOLDER --out {cfg.data} "
+                        f"--autoencoder {cfg.autoencoder} --size {(cfg.side or 32) * factor}")  # fmt: skip
+    dataset, fixed = data.open_data(cfg.data, cfg.side, cfg.mirror), (cfg.channels, cfg.side, cfg.classes)
+    data.first_rank(data.check_fits, dataset.spec, *fixed, cfg.autoencoder)
+    return dataset
+
+
+def open_conditions(cfg: Config, dataset: data.DataSet, device):
+    """What makes conditions of classes or captions, what does so for the sample grids, their names,
+    and the spec with its text."""
     spec = dataset.spec
-    cfg = fill_in(cfg, spec, device, world_size)
-    check_divides(cfg, world_size)
-    texts = grid_texts = None
-    if dataset.captions is not None:
-        padded = not cfg.caption_mask
-        encoder = data.load_text_encoder(cfg.text_encoder, device, pad_to_length=padded)
-        texts = data.Texts(dataset.captions, encoder, device, 64 if cfg.compile else 1)
-        some = np.linspace(0, texts.null - 1, min(10, texts.null)).astype(int)
-        prompts = spec.prompts or tuple(dataset.captions[i][:1000] for i in some)
-        text = encoder.spec | {"captions": dataset.captions.digest()}
-        spec = replace(spec, text=text, prompts=prompts)
-        grid_texts = data.Texts(data.Captions([[prompt] for prompt in prompts]), encoder, device)
-    network = network_arguments(cfg, spec, dataset.features_shape)
-    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    cfg = replace(cfg, h=half_width(cfg, dtype), precision=precision)
-    record = {"model": network, "data": spec.to_json(), "train": asdict(cfg)}
-    record["fingerprint"] = dataset.fingerprint()
-    init = "" if checkpoints(folder) else cfg.init  # resuming overwrites the weights
-    networks = build(replace(cfg, init=init), network, device, dtype)
-    begin = resume(folder, networks, record)
+    if dataset.captions is None:
+        conditions = data.ClassConditions(len(spec.classes), device)
+        return conditions, conditions, spec.classes[:10], spec
+    encoder = data.load_text_encoder(cfg.text_encoder, device, pad_to_length=not cfg.caption_mask)
+    known = dataset.captions.texts if len(dataset.captions) <= data.TABLE else ()
+    some = np.linspace(0, len(dataset.captions) - 1, min(10, len(dataset.captions))).astype(int)
+    prompts = spec.prompts or tuple(dataset.captions[i][0][:1000] for i in some)
+    for_grids = data.TextConditions(encoder, device, prompts)
+    conditions = data.TextConditions(encoder, device, known, 64 if cfg.compile else 1)
+    return conditions, for_grids, prompts, replace(spec, text=encoder.spec, prompts=prompts)
+
+
+def open_decoder(spec: Spec, device) -> data.Decoder:
+    """A run must not end because its pictures cannot be decoded."""
     try:
-        decoder = data.Decoder(spec, device)
-    except UserError as error:  # a run must not end because its pictures cannot be decoded
-        data.say(f"sample grids show latent channels: {error}")
-        decoder = data.Decoder(replace(spec, kind="random"), device)
-    options = sampling_options(record)
-    sampler = Sampler(
-        networks.ema, transport, config=record, spec=spec, decode=decoder, texts=grid_texts,
-        options=options, record={},
-    )  # fmt: skip
-    first_rank(lambda: (folder / "checkpoints").mkdir(parents=True, exist_ok=True))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    weights = sum(p.numel() for p in networks.model.parameters())
-    data.say(f"{folder}: {dataset.describe()}")
-    what = f"{weights:,} parameters, {world_size} x {name}, {str(dtype)[6:]}, h = {cfg.h:g}"
-    data.say(f"{folder}: {what}, from update {begin}")
-    return Run(folder, cfg, transport, networks, dataset, texts, sampler, record, device, begin)
+        return data.Decoder(spec, device)
+    except UserError as error:
+        data.note(f"pictures show latent channels: {error}")
+        return data.Decoder(replace(spec, kind="random"), device)
 
 
-def loop(run: Run, stop: list) -> tuple[int, bool]:
-    """Updates until all are done or a signal is in `stop`; returns how many, and if it stopped."""
-    cfg, (rank, world_size) = run.cfg, data.ranks()
-    about = {"config": asdict(cfg), "begin": run.begin, "torch": torch.__version__}
-    about["world_size"] = world_size
-    log = Log(run.folder, cfg, run.device, run.begin, about)
-    slots = [rank * cfg.accumulate + k for k in range(cfg.accumulate)]
-    of = world_size * cfg.accumulate
-    stream = data.batches(run.dataset, cfg.batch // of, cfg.seed, slots, of, run.begin, cfg.patch)
-    unread, stopping, done = None, False, run.begin
-    while done < cfg.steps and not stopping:
-        began = time.perf_counter()
-        batches = [next(stream) for _ in slots]
-        if run.texts:
-            run.texts.fetch(torch.cat([batch.y for batch in batches]))
-        waited = time.perf_counter() - began
-        batches = [batch.to(run.device) for batch in batches]
-        norm, seen = train_step(run.networks, run.transport, cfg, done, batches, run.texts)
-        log.add(norm, *seen, waited)
-
-        # What all ranks must agree on: was anyone told to stop, is the gradient finite? Read one
-        # step late, so that no step waits for its own result; a checkpoint is never written unread.
-        told = torch.full_like(norm, float(bool(stop)))
-        status = sum_over_ranks(torch.stack([told, (~norm.isfinite()).to(norm)]))
-        stopping = unread is not None and check_status(*unread)
-        unread = done, seen, read_later(status)
-        done += 1
-        saving = stopping or done == cfg.steps or done % cfg.save_every == 0
-        if saving:
-            check_status(*unread)  # for its error alone: a stop is acted on one update later
-        if saving or done % cfg.log_every == 0:
-            log.flush(done)
-        began = time.perf_counter()
-        if saving:
-            write_checkpoint(run.folder, done, run.networks, run.record)
-        if done == cfg.steps or (cfg.sample_every and done % cfg.sample_every == 0):
-            sample_grid(run, done)
-        log.began += time.perf_counter() - began  # the rate is that of updates
-    log.bar.close()
-    return done, stopping
+@contextlib.contextmanager
+def picture_may_fail():
+    """A full disk at a picture does not end a run."""
+    try:
+        yield
+    except OSError as error:
+        data.note(f"a picture is not written: {error}")
 
 
-def check_status(step: int, seen, read) -> bool:
-    """Whether a rank was told to stop by then. UserError, on all, for a non-finite gradient."""
-    told, bad = read()
-    if bad:
-        fail_nonfinite(step, seen)
-    return told > 0
+def show_data(path: Path, part: MicroBatch, batch: data.Batch, spec: Spec, decode, rng) -> None:
+    """samples/data.png: the first pictures as the network is fed them, with classes or captions."""
+    n = min(32, len(part.x))
+    n = n // 8 * 8 or n
+    pixels = decode(data.network_space(part.x, spec, rng)[:n])
+    names = batch.y if isinstance(batch.y, list) else [spec.classes[k] for k in batch.y.tolist()]
+    rows = pixels.reshape(-1, min(8, n), *pixels.shape[1:])
+    with picture_may_fail():
+        path.parent.mkdir(exist_ok=True)
+        data.write_picture(data.grid(rows, max(1, 64 // rows.shape[2]), names[:n]), path)
 
 
-def sample_grid(run: Run, step: int) -> None:
+def draw_samples(sampler: Sampler, cfg: Config, path: Path) -> None:
     """A row per number of steps, a column per class or prompt; every rank joins, rank 0 writes."""
-    known = run.sampler.texts.null if run.sampler.texts else len(run.sampler.spec.classes)
-    columns = list(range(min(10, known)))
-    path = run.folder / "samples" / f"step_{step:08d}.png"
-    with torch.compiler.set_stance("force_eager"):  # no compiling for a picture's batch
-        draw_grid(run.sampler, columns, [1, 2, 4, 8, 32], run.cfg.seed, path)
+    with picture_may_fail(), torch.compiler.set_stance("force_eager"):  # no compiling for its batch
+        draw_grid(sampler, list(range(min(10, len(sampler.names)))), [1, 2, 4, 8, 32], cfg.seed, path)
 
 
 def train(cfg: Config) -> None:
     """Train or resume; every rank of a torchrun calls it with the same configuration."""
-    device = data.open_device(cfg.device)
-    dtype = data.pick_dtype(device, cfg.precision)
-    connect(device)
-    stop = []  # the signals seen
-
-    def on_signal(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-        with contextlib.suppress(OSError):  # nobody may be listening any more
-            os.write(2, b"\nstopping after this update, then saving; again = end at once\n")
-
+    device, transport = data.open_device(cfg.device), TRANSPORTS[cfg.transport]
+    torch._dynamo.config.suppress_errors = device.type == "cpu"  # no C++ compiler: run uncompiled
+    torch._dynamo.config.recompile_limit = 512  # one a shape: buckets, captions, batches
+    torch._dynamo.config.accumulated_recompile_limit = 512
+    data.connect(device)
+    owned = []
     try:
-        run = set_up(cfg, device, dtype)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
-        done, stopped = loop(run, stop)
-        if run.begin >= cfg.steps:
-            data.say(f"{run.folder}: already at update {run.begin}; raise --steps to go on")
-        elif stopped and done < cfg.steps:
-            data.say(f"{run.folder}: stopped after update {done}, run again to go on")
-            if signal.SIGINT in stop:
+        # data and conditions
+        rank, world_size = data.ranks()
+        source = Path(cfg.data).expanduser().resolve()
+        inside = source.is_dir() and source in (Path(cfg.runs) / "x").resolve().parents
+        require(not inside, f"--runs {cfg.runs}: lies in --data {cfg.data}; give another --runs")
+        dataset = open_dataset(cfg)
+        cfg = data.first_rank(resolve, cfg, dataset.spec, device, world_size)
+        conditions, for_grids, names, spec = open_conditions(cfg, dataset, device)
+        encoder, width = None, 0
+        if cfg.align:
+            require(dataset.pixels or spec.shape[0] == 3, f"--align: --data {cfg.data} keeps no pixels; "
+                    "prepare it with --pixels")  # fmt: skip
+            option = f"--align_encoder {cfg.align_encoder}"
+            encoder = data.load_network("transformers", option, cfg.align_encoder, device)
+            probe = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+            width = data.encode_features(encoder, probe, (4, 4)).shape[2]
+
+        # network, and the newest checkpoint; nothing is written before all of it fits
+        run, network = Path(cfg.runs) / cfg.name, network_arguments(cfg, spec, width)
+        record = {"model": network, "data": spec.to_json(), "train": asdict(cfg)}
+        record["fingerprint"] = dataset.fingerprint
+        going_on = data.first_rank(checkpoints, run)
+        if cfg.init and going_on:
+            data.note(f"--init {cfg.init} is not read: {run} goes on from {going_on[-1].name}")
+        networks = build(replace(cfg, init="" if going_on else cfg.init), network, device)
+        data.first_rank((run / "checkpoints").mkdir, 0o777, True, True)
+        owned = data.lock(run)
+        data.check_shared(run)
+        begin = done = resume(run, networks, record)
+        sampler = Sampler(
+            networks.ema, transport, record, spec, open_decoder(spec, device), for_grids, names,
+            sampling_options(record), record={},
+        )  # fmt: skip
+        about = {"config": asdict(cfg), "begin": begin, "torch": torch.__version__}
+        log = Log(run, cfg, transport, device, begin, about | {"world_size": world_size})
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        weights = sum(p.numel() for p in networks.model.parameters())
+        data.say(f"{run}: {dataset.describe()}")
+        data.say(f"{run}: {weights:,} parameters, {world_size} x {gpu}, {cfg.precision}, from update {begin}")
+
+        # updates, until all are done or a signal came
+        slots, of = [rank * cfg.accumulate + k for k in range(cfg.accumulate)], world_size * cfg.accumulate
+        stream = data.batches(dataset, cfg.batch // of, cfg.seed, slots, of, begin, cfg.patch)
+        with Stop() as stop:
+            stopping = False
+            while done < cfg.steps and not stopping:
+                began = time.perf_counter()
+                batches = list(islice(stream, len(slots)))
+                waited = time.perf_counter() - began
+                parts = [to_micro_batch(batch, conditions, encoder, cfg, device) for batch in batches]
+                if done == begin and rank == 0:
+                    rng = data.rng(cfg.seed, done, 0, 1, device=device)
+                    show_data(run / "samples" / "data.png", parts[0], batches[0], spec, sampler.decode, rng)
+                norm, metrics = train_step(networks, transport, cfg, spec, done, parts)
+                log.add(norm, metrics, waited)
+                done += 1
+
+                stopping = stop.agreed()
+                saving = stopping or done == cfg.steps or done % cfg.save_every == 0
+                if saving or done % cfg.log_every == 0:
+                    log.flush()  # raises, on all ranks, before a bad update is saved
+                began = time.perf_counter()
+                if saving:
+                    write_checkpoint(run, done, networks, record)
+                if done == cfg.steps or done % cfg.sample_every == 0:
+                    draw_samples(sampler, cfg, run / "samples" / f"step_{done:08d}.png")
+                log.began += time.perf_counter() - began  # the rate is that of updates
+        log.close()
+        if dist.is_initialized():  # here alone: after an error the others may be in a collective
+            dist.destroy_process_group()
+
+        if begin >= cfg.steps:
+            data.say(f"{run}: already at update {begin}; raise --steps to go on")
+        elif done < cfg.steps:
+            data.say(f"{run}: stopped after update {done}, run again to go on")
+            if signal.SIGINT in stop.seen:
                 raise KeyboardInterrupt  # status 130, so that `train.py && ...` does not go on
         else:
-            if data.ranks()[0] == 0:
-                draw_curve(run.folder)
-            samples = run.folder / "samples"
-            data.say(f"{run.folder}: all {done} updates are done, samples in {samples}")
+            if rank == 0:
+                draw_curve(run)
+            data.say(f"{run}: all {done} updates are done, samples in {run / 'samples'}")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        for file in owned:
+            file.close()
+
+
+def to_micro_batch(batch: data.Batch, conditions, encoder, cfg: Config, device) -> MicroBatch:
+    """To the device; conditions and features are made here, once a batch."""
+    x, (y, null), features = data.to_device(batch.x, device), conditions(batch.y), None
+    if encoder is not None:
+        pixels = x if batch.pixels is None else data.to_device(batch.pixels, device)
+        tokens = tuple(side // cfg.patch for side in x.shape[2:])
+        features = data.encode_features(encoder, pixels, tokens)
+    return MicroBatch(x, y, null, features)
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""The paper in symbols: transports, transitions, the target and its derivative, weights, times.
+"""The paper in symbols: transports, steps, the target and its derivative, weights, times.
 
 Transition Models (arXiv 2509.04394). A network f = f_theta(x_t, t, r) carries a state x_t from time
 t to any earlier time r <= t in one step, x_r = A(t, r) x_t + B(t, r) f. Everything here is a pure
@@ -37,6 +37,21 @@ class Transport:
     mean: float | None = None  # defaults of that draw; None where it has no such parameters
     std: float | None = None
     c_noise: Coefficient = lambda t: t  # what the network is shown instead of t and of r
+    h: tuple[float, float] = (0.001, 0.01)  # of `finite_difference` in fp32 and bf16, as measured
+    rho: float = 1.0  # sampling times are equally spaced in t^(1/rho), see `times`
+
+    def fraction(self, t):
+        """The place of a time between t_min and t_max, 0 to 1, on the scale of `times`."""
+        low, high = (end ** (1 / self.rho) for end in (self.t_min, self.t_max))
+        return (t ** (1 / self.rho) - low) / (high - low)
+
+    def times(self, n: int) -> Tensor:
+        """n + 1 falling times of n steps, t_max to t_min, float64: equal steps of t^(1/rho) (Karras
+        et al. 2022, Eq. 5). Where t spans decades, equal steps of t leave all work to the last."""
+        low, high = (end ** (1 / self.rho) for end in (self.t_min, self.t_max))
+        t = torch.linspace(high, low, n + 1, dtype=torch.float64) ** self.rho
+        t[0], t[-1] = self.t_max, self.t_min  # not their rounded powers
+        return t
 
 
 OTFM = Transport(
@@ -56,7 +71,7 @@ def edm(sigma_data: float) -> Transport:
     """EDM (Karras et al. 2022), preconditioned: x_t has unit variance if x has sigma_data^2."""
     s = sigma_data
     return Transport(
-        "edm", t_min=0.01, t_max=80.0, mean=-1.2, std=1.2,
+        "edm", t_min=0.01, t_max=80.0, mean=-1.2, std=1.2, h=(0.003, 0.03), rho=7.0,
         draw=lambda n, mean, std: (mean + std * n).exp(), c_noise=lambda t: t.log() / 4,
         alpha=lambda t: 1 / (t**2 + s**2).sqrt(), sigma=lambda t: t / (t**2 + s**2).sqrt(),
         alpha_hat=lambda t: t / (s * (t**2 + s**2).sqrt()),
@@ -70,7 +85,7 @@ def vp_beta(t: Tensor) -> Tensor:
 
 
 VP = Transport(
-    "vp", t_min=1e-5, t_max=1.0,
+    "vp", t_min=1e-5, t_max=1.0, h=(0.01, 0.1),  # the network sees 999 t
     draw=lambda n, mean, std: 1e-5 + (1 - 1e-5) * torch.special.ndtr(n),  # uniform
     c_noise=lambda t: 999 * t,
     alpha=lambda t: 1 / (vp_beta(t) ** 2 + 1).sqrt(),
@@ -78,7 +93,7 @@ VP = Transport(
     alpha_hat=torch.zeros_like, sigma_hat=torch.ones_like,
 )  # fmt: skip
 VE = Transport(
-    "ve", t_min=0.02, t_max=100.0,
+    "ve", t_min=0.02, t_max=100.0, h=(0.003, 0.03), rho=7.0,
     draw=lambda n, mean, std: 0.02 * 5000 ** torch.special.ndtr(n),  # log-uniform
     c_noise=lambda t: (t / 2).log(),
     alpha=torch.ones_like, sigma=lambda t: t,
@@ -89,8 +104,7 @@ TIM = replace(  # times and output of otfm on the circle of trigflow
     alpha=lambda t: (math.pi / 2 * t).cos(), sigma=lambda t: (math.pi / 2 * t).sin(),
 )  # fmt: skip
 
-# A new transport is one more record here, and a line in the tables of the tests: CLOSED and the
-# ranges with c_noise in test_transition.py, its inverse UNSEE in test_sample.py.
+# A new transport is one more record here: the tests take it up by themselves.
 TRANSPORTS = {t.name: t for t in (OTFM, TRIGFLOW, edm(sigma_data=1.0), VP, VE, TIM)}
 
 
@@ -179,25 +193,63 @@ def transition_target(transport: Transport, x, eps, t, r, df_dt: Tensor) -> Tens
     return residual(transport, x, eps, t) + expand(b / b_slope, x) * (x_part + eps_part - df_dt)
 
 
-def guided_pair(transport: Transport, x, eps, t, f_cond, f_null, w_gt: float, w_cond: float):
+def guided_pair(transport: Transport, x, eps, t, f_cond, f_null, w_gt, w_cond: float):
     """The pair (x, eps) with the same x_t whose residual is guided: model guidance in the target.
 
     The residual becomes w_gt residual + w_cond f_cond + (1 - w_gt - w_cond) f_null; f_cond, f_null:
-    the network at r = t with its condition and without (f_cond may be None if w_cond is 0). Its
-    fixed point is guidance w_gt / (1 - w_cond) with none at sampling. The authors replace the
-    residual alone; with the pair, df/dt follows the guided path, and so do long steps.
+    the network at r = t with its condition and without (f_cond may be None if w_cond is 0); w_gt: a
+    number, or one per sample (B,). The fixed point is guidance w_gt / (1 - w_cond) with none at
+    sampling. The authors replace the residual alone; with the pair, df/dt follows the guided path,
+    and so do long steps.
     """
+    w_gt = expand(w_gt, x) if isinstance(w_gt, Tensor) else w_gt
     guided = w_gt * residual(transport, x, eps, t) + (1 - w_gt - w_cond) * f_null
     if w_cond:
         guided = guided + w_cond * f_cond
     return solve(transport, interpolate(transport, x, eps, t), guided, t)
 
 
+# --- The network as a function, and its conditions ------------------------------------------------
+
+
+def network_f(network, transport: Transport, predict: str):
+    """The paper's f(x_t, t, r, y) of a network, for training, guidance and sampling alike.
+
+    The network sees c_noise of the times. predict: what its output is read as, "f" or "x".
+    returns  a function (x_t, t, r, y, aligned=False) -> f (B, ...); with aligned, (f, tokens)
+    """
+
+    def read(out, x_t, t):
+        return output_from_x(transport, out, x_t, t) if predict == "x" else out
+
+    def f(x_t, t, r, y, aligned=False):
+        seen = x_t, transport.c_noise(t), transport.c_noise(r), y
+        if not aligned:
+            return read(network(*seen), x_t, t)
+        out, tokens = network(*seen, aligned=True)
+        return read(out, x_t, t), tokens
+
+    return f
+
+
+def each(function, *conditions):
+    """function(*tensors) over conditions: tensors with the batch first, or tuples of conditions."""
+    if isinstance(conditions[0], tuple):
+        return tuple(each(function, *parts) for parts in zip(*conditions))
+    return function(*conditions)
+
+
 def cat(first, second):
-    """Two conditions (tensors, or tuples of tensors, batch first) as one batch."""
-    if isinstance(first, tuple):
-        return tuple(cat(a, b) for a, b in zip(first, second))
-    return torch.cat([first, second])
+    """Two conditions, or two tensors, as one batch."""
+    return each(lambda a, b: torch.cat([a, b]), first, second)
+
+
+def choose(mask: Tensor, first, second):
+    """Of two conditions the first where mask (B,), else the second."""
+    return each(lambda a, b: torch.where(expand(mask, a), a, b), first, second)
+
+
+# --- The derivative -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -205,7 +257,7 @@ def finite_difference(f, transport: Transport, x, eps, t, r, y, h: float) -> Ten
     """df/dt along the path of (x, eps) at fixed r by a central difference (DDE, Eq. 10).
 
     f  the network, (x_t, t, r, y) -> (B, ...); runs once on a double batch, without gradients
-    h  half the width, in what the network sees (c_noise), so that one h suits every transport
+    h  half the width, in what the network sees (c_noise); `Transport.h` has what was measured
     One-sided where t - h would fall below r; central at t_max too: path and embedding go on
     smoothly to t_max + h. Divides by the distance of the rounded times: rounding costs nothing.
     """
@@ -263,8 +315,8 @@ def check_weight(transport: Transport, tau: str) -> None:
     """Raise ValueError where tau is not valid over the transport's range: no training on NaN."""
     limit = TAUS[tau][1]
     if transport.t_max > limit:
-        rule = f"tau {tau!r} is valid for t <= {limit:.4g}, not for {transport.name!r}"
-        raise ValueError(f"{rule}; use tau 'identity' or the kernel 'constant'")
+        raise ValueError(f"tau {tau!r} is valid for t <= {limit:.4g}, not for {transport.name!r}; use "
+                         "tau 'identity' or the kernel 'constant'")
 
 
 def time_weight(transport: Transport, t, r, tau: str, kernel: str, sigma: float) -> Tensor:
@@ -284,8 +336,7 @@ def shift_times(transport: Transport, t: Tensor, shift: float) -> Tensor:
     if shift == 1:
         return t
     if (transport.t_min, transport.t_max) != (0.0, 1.0) or not 0 < shift < math.inf:
-        rule = "a time shift is positive, on a transport over [0, 1]"
-        raise ValueError(f"{shift:g} on {transport.name!r}: {rule}")
+        raise ValueError(f"shift {shift:g} of {transport.name!r}: it must be positive, over [0, 1]")
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -307,18 +358,14 @@ class TimeMixture:
     shift: float = 1.0  # see `shift_times`
 
 
-def fixed_diffusion(n: int, share: float) -> int:
-    """How many of n samples, the first ones, surely have r = t; the others need a derivative."""
-    return math.floor(n * share + 1e-9)
-
-
 def sample_times(transport: Transport, n: int, mixture: TimeMixture, rng: torch.Generator):
     """Two draws each, t the later and r the earlier; some samples then get r = t or r = t_min.
 
     r = t for the first n * share samples: that number is rounded down, or up with the probability
     of its fraction, so that the share is met on average at any n. The "later" draw, the authors' choice,
     hardly trains small times: where one draw is below a time with chance p, the later is with p^2.
-    returns  t, r (n,) float32 on the generator's device, t_min <= r <= t <= t_max
+    returns  t, r (n,) float32 on the generator's device, t_min <= r <= t <= t_max; and how many
+             samples, the first ones, surely have r = t: those after them need a derivative
     """
     device = rng.device
     mean = transport.mean if mixture.mean is None else mixture.mean
@@ -331,10 +378,10 @@ def sample_times(transport: Transport, n: int, mixture: TimeMixture, rng: torch.
         diffusion_time = t if mixture.diffusion_at == "later" else r
     u = torch.rand(n, generator=rng, device=device) * (1 - mixture.share_diffusion)
     r = r.masked_fill(u < mixture.share_consistency, transport.t_min)
-    count = fixed_diffusion(n, mixture.share_diffusion)
-    fraction = n * mixture.share_diffusion - count
-    is_diffusion = torch.arange(n, device=device) < count
+    same = math.floor(n * mixture.share_diffusion + 1e-9)
+    fraction = n * mixture.share_diffusion - same
+    is_diffusion = torch.arange(n, device=device) < same
     if fraction > 1e-6:
-        is_diffusion[count] = torch.rand((), generator=rng, device=device) < fraction
+        is_diffusion[same] = torch.rand((), generator=rng, device=device) < fraction
     t = torch.where(is_diffusion, diffusion_time, t)
-    return t, torch.where(is_diffusion, t, r)
+    return t, torch.where(is_diffusion, t, r), same

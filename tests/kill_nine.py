@@ -1,6 +1,7 @@
 """Ten times: fork a process that writes checkpoints back to back, kill -9 it, read the newest.
 
-In turn alone in fp32 and as FSDP in bf16; each is read as the other.
+In turn alone in fp32 and as FSDP in bf16; each is read as the other. Every wait has a deadline, and
+no child outlives this process.
 """
 
 import os
@@ -14,37 +15,38 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import sample
 import train
 
-CFG = replace(train.Config(), size="demo", patch=2, keep=2)
+DEADLINE = 120  # seconds a wait, on a busy machine
+CFG = replace(train.Config(), size="demo", patch=2, keep=2, precision="fp32")
 SIZES = {"depth": 2, "width": 64, "heads": 2, "adaln": 16}
 NETWORK = {"channels": 2, "patch": 2, **SIZES, "classes": 3}
 DATA = {"mean": 0.0, "std": 1.0}
 RECORD = {"model": NETWORK, "data": DATA, "train": asdict(CFG), "fingerprint": ""}
-TYPES = (torch.float32, torch.bfloat16)
 
 
-def start(dtype):
+def build(sharded):
     torch.set_num_threads(1)
-    device = torch.device("cpu")
-    networks = train.build(CFG, NETWORK, device, dtype)
-    if dtype == torch.float32:
+    networks = train.build(CFG, NETWORK, torch.device("cpu"))
+    if not sharded:
         return networks
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = dist.init_device_mesh("cpu", (1,))
-    model, ema = (train.wrap(m, mesh, CFG, dtype) for m in networks[:2])
+    mesh, cfg = dist.init_device_mesh("cpu", (1,)), replace(CFG, precision="bf16")
+    model, ema = (train.shard(m, mesh, cfg) for m in (networks.model, networks.ema))
     return train.Networks(model, ema, torch.optim.AdamW(model.parameters()))
 
 
 def parts(networks):
     parameters = (*networks.model.parameters(), *networks.ema.parameters())
-    return [train.local(p) for p in parameters]
+    return [train.own_shard(p) for p in parameters]
 
 
-def write_for_ever(run, dtype):
-    networks = start(dtype)
+def write(run, sharded):
+    """Until it is killed, or its parent is gone."""
+    networks, parent = build(sharded), os.getppid()
     step = train.resume(run, networks, RECORD)
-    while True:
+    while os.getppid() == parent:
         step += 1
         with torch.no_grad():
             for part in parts(networks):
@@ -52,39 +54,61 @@ def write_for_ever(run, dtype):
         train.write_checkpoint(run, step, networks, RECORD)
 
 
-def read(run, dtype):
-    networks = start(dtype)
+def read(run, sharded):
+    networks = build(sharded)
     step = train.resume(run, networks, RECORD)
-    values = {float(v) for part in parts(networks) for v in part.unique()}
-    print(
-        f"step {step} whole" if values == {float(step)} else f"step {step} holds {values}",
-        flush=True,
-    )
+    model, _, config = sample.load(run)
+    read_back = (*parts(networks), *model.parameters())
+    found = {float(v) for part in read_back for v in part.detach().unique()}
+    left = [str(file) for file in run.rglob("*.tmp")]
+    whole = found == {float(step)} and config["step"] == step and not left
+    print(f"step {step} whole" if whole else f"step {step} holds {found}, beside {left}", flush=True)
 
 
 def fork(work, *args):
     child = os.fork()
     if child == 0:
-        work(*args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        os._exit(0)
+        signal.alarm(2 * DEADLINE)  # which ends it whatever it waits for
+        status = 1
+        try:
+            work(*args)
+            status = 0
+        finally:
+            os._exit(status)
     return child
 
 
-run = Path(sys.argv[1]) / "run"
-(run / "checkpoints").mkdir(parents=True)
-wait = random.Random(0)
-for turn in range(10):
-    child = fork(write_for_ever, run, TYPES[turn % 2])
-    found = train.checkpoints(run)
-    have = found[-1].name if found else ""
-    while (
-        not train.checkpoints(run) or train.checkpoints(run)[-1].name == have
-    ):  # until it is writing
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the writer ended by itself"
+def until(done, what):
+    """Wait until done() is true; past the deadline this process ends."""
+    last = time.monotonic() + DEADLINE
+    while not done():
+        if time.monotonic() > last:
+            sys.exit(f"{what}: not within {DEADLINE} s")
         time.sleep(0.005)
-    time.sleep(wait.random() * 0.3)
+
+
+def has_ended(child):
+    return os.waitpid(child, os.WNOHANG) != (0, 0)
+
+
+def kill_and_read(run, turn, pause):
+    have = train.checkpoints(run)[-1:]
+    child = fork(write, run, turn % 2 == 1)
+
+    def is_writing():
+        assert not has_ended(child), "the writer ended by itself"
+        return train.checkpoints(run)[-1:] != have
+
+    until(is_writing, "a new checkpoint")
+    time.sleep(pause)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.waitpid(fork(read, run, TYPES[(turn + 1) % 2]), 0)
+    until(lambda: has_ended(child), "the end of the writer")
+    child = fork(read, run, turn % 2 == 0)
+    until(lambda: has_ended(child), "a reader")
+
+
+if __name__ == "__main__":
+    folder, pauses = Path(sys.argv[1]) / "run", random.Random(0)
+    (folder / "checkpoints").mkdir(parents=True)
+    for number in range(10):
+        kill_and_read(folder, number, pauses.random() * 0.3)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
 import sample
 
 
@@ -43,7 +44,7 @@ class Classifier(nn.Module):
         )  # fmt: skip
         self.head = nn.Linear(128, 10)
 
-    def forward(self, x):                                                       # (B, 1, 28, 28) uint8 -> (B, 128)
+    def forward(self, x):  # (B, 1, 28, 28) uint8 -> (B, 128)
         return self.features(x.float() / 127.5 - 1)
 
 
@@ -80,20 +81,15 @@ def judge(model, x, y, reference=None) -> tuple[float, float, float, tuple]:
     return right, distance, corners, own
 
 
-@torch.no_grad()
 def draw(checkpoint, n: int, steps: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """n pictures (n, 1, 28, 28) uint8, classes 0 to 9 in turn, guided as the checkpoint says."""
-    model, transport, config = sample.load(checkpoint)
-    spec, y = config["data"], torch.arange(n) % 10
-    z = sample.initial_noise(spec["shape"], seed, range(n))
-    guidance = config["train"]["guidance"]
-    local = config["train"].get("share_diffusion") == 1
-    how = dict(guidance=guidance, local=local)
-    x = [sample.generate(model, transport, *p, steps, **how) for p in zip(z.split(250), y.split(250))]
-    return (torch.cat(x) * spec["std"] + spec["mean"]).round().clamp(0, 255).byte(), y
+    sampler, y = sample.open_sampler(checkpoint, data.open_device()), torch.arange(n) % 10
+    parts = torch.arange(n).split(250)
+    x = [sampler.draw(part.tolist(), y[part].tolist(), steps, seed) for part in parts]
+    return torch.from_numpy(np.concatenate(x)).permute(0, 3, 1, 2), y
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of Fashion-MNIST's four .gz files, at any depth")
     parser.add_argument("--checkpoint", required=True, nargs="+")
@@ -101,7 +97,7 @@ def main():
     parser.add_argument("-n", "--num", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path("runs/recognise.pt"), help="where the classifier is kept")
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     if a.cache.is_file():
         model = Classifier()
         model.load_state_dict(torch.load(a.cache, weights_only=True))
@@ -120,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    data.command(main)
