@@ -786,12 +786,12 @@ class Stop:
         self.seen, self.before = [], {}
 
     def __enter__(self):
-        numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")]
-        for number in filter(None, numbers):
-            # under nohup a hang-up is ignored; torchrun passes on what it acts on itself
-            ignored = signal.getsignal(number) == signal.SIG_IGN and data.ranks()[1] == 1
-            if threading.current_thread() is threading.main_thread() and not ignored:
-                self.before[number] = signal.signal(number, self.on_signal)
+        numbers, hang_up = [signal.SIGTERM, signal.SIGINT], getattr(signal, "SIGHUP", None)
+        # under nohup a hang-up is ignored; torchrun passes on what it acts on itself
+        if hang_up and (signal.getsignal(hang_up) != signal.SIG_IGN or data.ranks()[1] > 1):
+            numbers.append(hang_up)
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.on_signal) for number in numbers}
         return self
 
     def on_signal(self, number, frame):
