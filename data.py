@@ -21,7 +21,6 @@ import re
 import shutil
 import signal
 import sys
-import tarfile
 import textwrap
 import time
 import uuid
@@ -162,7 +161,7 @@ def add_flags(parser, record, groups=None) -> None:
         group.add_argument(*names, default=argparse.SUPPRESS, **how)
 
 
-def rng(*key: int, device="cpu") -> torch.Generator:
+def seeded(*key: int, device="cpu") -> torch.Generator:
     """A generator that is a function of the whole key alone, e.g. (seed, index). Zeros at its end
     count for nothing: (0, 5, 0) is (0, 5)."""
     low, high = [k % 2**32 for k in key], [k >> 32 for k in key]  # words: (2^32,) is not (0, 1)
@@ -292,6 +291,14 @@ def in_threads(function, jobs, threads: int, ahead: int = 0):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def attempt(function, *args, **options) -> tuple:
+    """What it returns, and ""; or None, and the message of its ValueError."""
+    try:
+        return function(*args, **options), ""
+    except ValueError as error:
+        return None, str(error)
+
+
 # --- Files ----------------------------------------------------------------------------------------
 
 
@@ -329,6 +336,14 @@ def read_json(path) -> dict:
         return json.loads(Path(path).read_text("utf-8"))
 
 
+def digest(*parts) -> str:
+    """16 hex digits of bytes, and of anything that JSON can write."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+    return sha.hexdigest()[:16]
+
+
 def claim(file, record: dict) -> None:
     """Write the settings that the files of a folder depend on. UserError if others are there."""
     file, record = Path(file), json.loads(json.dumps(record))
@@ -341,12 +356,18 @@ def claim(file, record: dict) -> None:
                 "another --out, or delete both that file and its folder")  # fmt: skip
 
 
-def lock(folder: Path) -> list:
-    """Own a folder as long as this process lives: the lock goes with it, however it ends. Returns
-    the open file, to be closed, on rank 0. UserError, on all, if another process owns the folder."""
+@contextmanager
+def own(folder: Path):
+    """Own a folder that all ranks see, for the `with` or the life of the process, however it ends.
+    UserError, on all of them, if another process owns it, or if they do not see the same one."""
     held = []
     first_rank(lambda: held.append(take_lock(folder)))
-    return held
+    try:
+        check_shared(folder)
+        yield
+    finally:
+        for file in held:
+            file.close()
 
 
 def take_lock(folder: Path):
@@ -403,25 +424,20 @@ def read_text(raw: bytes, where: str) -> str:
 
 
 class Entry(NamedTuple):
-    """A file in a folder, or in a tar, where it has an offset and the path `inside` the tar."""
+    """A file in a folder."""
 
-    name: str  # from the root; a tar counts as a folder
+    name: str  # from the folder, with /
     file: str
-    offset: int = 0
-    size: int = -1
-    inside: str = ""
 
     def read(self) -> bytes:
         """A failing disk is a UserError: a set must not shrink because a mount is gone."""
-        failed = explain(OSError, f"{self.file}: cannot be read; check the disk")
-        with failed, open(self.file, "rb") as stream:
-            stream.seek(self.offset)
-            return stream.read(self.size)
+        with explain(OSError, f"{self.file}: cannot be read; check the disk"):
+            return Path(self.file).read_bytes()
 
 
-def walk(root: Path) -> list[str]:
-    """The files of a folder, links followed; each folder once, and real ones before links to them.
-    What a link repeats, or leads nowhere with, is named on stderr."""
+def list_files(root) -> list[Entry]:
+    """The files of a folder by name, links followed; each folder once, and real ones before links to
+    them. What a link repeats, or leads nowhere with, is named on stderr."""
     folders, links, seen, files, wrong = [str(root)], [], set(), [], []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
@@ -434,47 +450,29 @@ def walk(root: Path) -> list[str]:
             if item.is_dir():
                 (links if item.is_symlink() else folders).append(item.path)
             elif item.is_file():
-                files.append(item.path)
+                files.append(Entry(Path(item.path).relative_to(root).as_posix(), item.path))
             else:
                 wrong.append(item.path)
     if wrong:
         note(f"{root}: {len(wrong)} links lead nowhere, or to a folder that is read already: "
              f"{printable(wrong[0])}")  # fmt: skip
-    return files
-
-
-def list_files(root) -> list[Entry]:
-    """The files of a tar, or of a folder and its tars, by name. Nothing is unpacked."""
-    root, found = Path(root), {}
-    for path in map(Path, walk(root) if root.is_dir() else [root]):
-        name = path.relative_to(root).as_posix()
-        if path != root and path.suffix.lower() != ".tar":
-            found[name] = Entry(name, str(path))
-            continue
-        folder = "" if path == root else name[:-4] + "/"
-        failed = explain(tarfile.TarError, f"{path}: not a complete, uncompressed tar; unpack it")
-        with failed, tarfile.open(path, mode="r:") as tar:
-            members = [(m, m.name.removeprefix("./")) for m in tar if m.isfile()]
-            links = [m.name for m in tar if not (m.isfile() or m.isdir())]
-            if not 0 < path.stat().st_size - tar.offset <= 2**20:  # zeros; tarfile does not look
-                raise tarfile.TarError("it does not end where its last file does")
-        if links:
-            note(f"{path}: {len(links)} links in it are not read, such as {printable(links[0])}")
-        for m, inside in members:
-            found[folder + inside] = Entry(folder + inside, str(path), m.offset_data, m.size, inside)
-    return [found[name] for name in sorted(found)]
+    return sorted(files)
 
 
 def list_pictures(root) -> tuple[list[Entry], list[Entry]]:
-    """The pictures of a folder or tar, the one listing that training and FID see; and its other
-    files. What is hidden is named, if it is pictures, and left out."""
-    pictures, others, files = [], [], list_files(root)
-    hidden = [e for e in files if any(part.startswith(".") for part in e.name.split("/"))]
-    say_unread(root, [e for e in hidden if os.path.splitext(e.name)[1].lower() in PICTURES])
-    for entry in sorted(set(files) - set(hidden)):
-        picture = os.path.splitext(entry.name)[1].lower() in PICTURES
-        (pictures if picture else others).append(entry)
-    require(pictures, f"{root}: no pictures in it; expected files such as .png and .jpg")
+    """The pictures of a folder, the one listing that training and FID see; and its other files. What
+    is hidden is named, if it is pictures, and left out."""
+    found, others = [], []
+    is_picture = lambda e: os.path.splitext(e.name)[1].lower() in PICTURES
+    is_hidden = lambda e: any(part.startswith(".") for part in e.name.split("/"))
+    for entry in list_files(root):
+        (found if is_picture(entry) else others).append(entry)
+    pictures = [e for e in found if not is_hidden(e)]
+    say_unread(root, [e for e in found if is_hidden(e)])
+    others = [e for e in others if not is_hidden(e)]
+    if not pictures:
+        say_unread(root, others)
+    require(pictures, f"{root}: no pictures in it; expected files such as .png and .jpg; unpack archives")
     return pictures, others
 
 
@@ -550,18 +548,14 @@ def crop(picture: Image.Image, height: int, width: int = 0) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
-def open_cropped(entry: Entry, size) -> tuple[np.ndarray | None, str]:
-    """uint8 (3, *size) and "", or None and why it cannot be decoded."""
-    try:
-        return crop(open_picture(io.BytesIO(entry.read())), *size), ""
-    except ValueError as error:
-        return None, str(error)
+def open_cropped(entry: Entry, size) -> np.ndarray:
+    """uint8 (3, *size). ValueError if it cannot be decoded."""
+    return crop(open_picture(io.BytesIO(entry.read())), *size)
 
 
 def label_pictures(root, pictures: list[Entry]) -> tuple[list[str], np.ndarray]:
-    """Sorted class names and each picture's label: the first folder that differs. The name of a tar
-    counts only if it has no folders inside."""
-    paths, depth = [(p.inside if "/" in p.inside else p.name).split("/") for p in pictures], 0
+    """Sorted class names and each picture's label: the first folder that differs."""
+    paths, depth = [p.name.split("/") for p in pictures], 0
     while all(len(p) > depth + 2 and p[depth] == paths[0][depth] for p in paths):
         depth += 1
     flat = ["/".join(p) for p in paths if len(p) == depth + 1]
@@ -617,23 +611,18 @@ def without_empty(root, captions: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def find_captions(root, pictures, others) -> tuple[dict[str, list[str]], list[Entry]]:
-    """{picture: captions} of the first source that exists: captions.jsonl, metadata.jsonl (names
-    are relative to its folder), NAME.txt beside NAME.jpg; and the other files that are left."""
-    known = {p.name for p in pictures}
-    for title in ("captions.jsonl", "metadata.jsonl"):
-        tables = [f for f in others if PurePosixPath(f.name).name == title]
-        found = {}
-        for table in tables:
-            folder = table.name.removesuffix(title)
-            for name, texts in read_captions(table.read(), f"{root}/{table.name}").items():
-                found.setdefault(folder + name, []).extend(texts)
-        if found:
-            absent = [name for name in found if name not in known]
-            require(len(absent) < len(found), f"{root}: {title} names none of the pictures, but "
-                    f"{absent[:3]}; names are relative to its folder")  # fmt: skip
-            if absent:
-                note(f"{root}: {len(absent)} lines of {title} name no picture there: {absent[0]!r}")
-            return without_empty(root, found), [f for f in others if f not in tables]
+    """{picture: captions} of the first source that exists: captions.jsonl, metadata.jsonl, NAME.txt
+    beside NAME.jpg; and the other files that are left."""
+    tables = sorted(f for f in others if f.name in ("captions.jsonl", "metadata.jsonl"))
+    if tables:
+        table, known = tables[0], {p.name for p in pictures}
+        found = read_captions(table.read(), table.file)
+        absent = [name for name in found if name not in known]
+        require(len(absent) < len(found), f"{table.file} names none of the pictures, but {absent[:3]}; "
+                "names are relative to its folder")  # fmt: skip
+        if absent:
+            note(f"{table.file}: {len(absent)} of its names are no picture there, such as {absent[0]!r}")
+        return without_empty(root, found), [f for f in others if f != table]
     stems = {os.path.splitext(p.name)[0]: p.name for p in pictures}
     beside = [f for f in others if f.name.lower().endswith(".txt") and f.name[:-4] in stems]
     read = lambda f: read_text(f.read(), f"{root}/{f.name}").strip()
@@ -658,21 +647,23 @@ class Found(NamedTuple):
 
     def digest(self, *more) -> str:
         """16 hex digits of names, sizes, labels and captions, wherever they lie."""
-        sizes = [p.size if p.size >= 0 else os.stat(p.file).st_size for p in self.pictures]
+        sizes = [os.stat(p.file).st_size for p in self.pictures]
         names = [p.name for p in self.pictures]
-        record = json.dumps([names, sizes, self.labels.tolist(), self.classes, self.captions, more])
-        return hashlib.sha256(record.encode()).hexdigest()[:16]
+        return digest(names, sizes, self.labels.tolist(), self.classes, self.captions, more)
 
 
 def find_pictures(root) -> Found:
-    """The pictures of a folder or tar. If any has a caption, those without are left out, with a
+    """The pictures of a folder. If any has a caption, those without are left out, with a
     note; so is all that is not read. UserError where labels lie there in another form."""
     pictures, others = list_pictures(root)
     for file in others:
-        name = PurePosixPath(file.name).name
+        folder, _, name = file.name.rpartition("/")
         labels = name == "dataset.json" or name.endswith(".cls")
         require(not labels, f"{root}: the labels are in {name}, which is not read; move the pictures "
                 "into a folder per class")  # fmt: skip
+        table = folder and name in ("captions.jsonl", "metadata.jsonl")
+        require(not table, f"{root}: the captions are in {file.name}; give {Path(root, folder)}, or write "
+                "one captions.jsonl for the whole folder")  # fmt: skip
     texts, others = find_captions(root, pictures, others)
     say_unread(root, others)
     if not texts:
@@ -690,7 +681,7 @@ def find_pictures(root) -> Found:
 class Spec:
     """What a network must know of its data. It is stored in checkpoints."""
 
-    kind: str  # "pixels", "latents" or "random"
+    kind: str  # "pixels" or "latents"
     shape: tuple[int, ...]  # (C, H, W)
     mean: float = 0.0  # network space is (stored - mean) / std, of pixels and of latents
     std: float = 1.0
@@ -820,10 +811,9 @@ def in_memory(pixels, labels, classes=(), captions=None, mirror=False, prompts=(
     some = pixels[:: max(1, len(pixels) // 10000)]
     mean, std = float(some.mean()), float(some.std()) or 1.0
     spec = Spec("pixels", pixels.shape[1:], mean, std, tuple(classes), prompts=prompts)
-    record = json.dumps([hashlib.sha256(pixels.tobytes()).hexdigest(), list(classes), captions])
     labels = np.asarray(labels, np.int64)
-    digest = hashlib.sha256(record.encode() + labels.tobytes()).hexdigest()[:16]
-    return DataSet(spec, [pixels], labels, captions and Captions.of(captions), mirror, digest)
+    content = digest(pixels.tobytes(), labels.tobytes(), list(classes), captions)
+    return DataSet(spec, [pixels], labels, captions and Captions.of(captions), mirror, content)
 
 
 def open_demo() -> DataSet:
@@ -881,9 +871,9 @@ def random_data(shape, classes: int) -> DataSet:
     """Noise, to run a preset without data; with captions if there are no classes."""
     require(all(shape), "--data random: give --channels, --side, and --classes if not captions")
     n, source = 1024, np.random.default_rng(0)
-    x = source.standard_normal((n, *shape), np.float32)
+    x = 128 + 40 * source.standard_normal((n, *shape), np.float32)
     captions = [[f"picture {i}, take {k} " + "noise " * (i % 64) for k in range(8)] for i in range(n)]
-    spec = Spec("random", tuple(shape), classes=tuple(str(i) for i in range(classes)))
+    spec = Spec("pixels", tuple(shape), 128.0, 40.0, tuple(str(i) for i in range(classes)))
     labels = np.arange(n) % (classes or n)
     return DataSet(spec, [x], labels, None if classes else Captions.of(captions), False, "random")
 
@@ -909,8 +899,8 @@ def open_prepared(folder: Path) -> DataSet:
 def open_data(path: str, side: int = 0, mirror: bool | None = None) -> DataSet:
     """A data set by name or path; all ranks call it.
 
-    path    a name in SETS; a folder that `prepare` wrote; or a folder or tar of pictures, in a
-            folder per class or with captions (see `find_captions`), which is prepared once
+    path    a name in SETS; a folder that `prepare` wrote; or a folder of pictures, in a folder
+            per class or with captions (see `find_captions`), which is prepared once
     side    of pictures in files, after the centre crop (default 64)
     mirror  half of them as mirror images; None: those of CIFAR and of class folders
     """
@@ -922,9 +912,8 @@ def open_data(path: str, side: int = 0, mirror: bool | None = None) -> DataSet:
                 "the same `data.py prepare` again")  # fmt: skip
         found = open_prepared(folder)
     else:
-        there = path and (folder.is_dir() or (folder.is_file() and folder.suffix.lower() == ".tar"))
-        first_rank(require, there, f"--data {path}: no such folder or .tar; give one, or one of "
-                   f"{', '.join(SETS)}")  # fmt: skip
+        there = path and folder.is_dir()
+        first_rank(require, there, f"--data {path}: no such folder; give one, or one of {', '.join(SETS)}")
         found = open_prepared(prepare_folder(folder, side or 64))
     if mirror is not None:
         found.mirror = mirror
@@ -936,13 +925,12 @@ def open_data(path: str, side: int = 0, mirror: bool | None = None) -> DataSet:
 
 def check_fits(spec: Spec, channels=0, side=0, classes=0, autoencoder="") -> None:
     """UserError where the data differ from what is asked for; 0 and "" ask for nothing."""
-    asked = {"channels": channels, "height": side, "width": side, "classes": classes}
-    found = dict(zip(asked, [*spec.shape, len(spec.classes)]))
-    if spec.kind != "random":  # noise stands for any latents
-        asked["autoencoder"], found["autoencoder"] = autoencoder, spec.autoencoder
-    for name, value in asked.items():
-        require(not value or value == found[name], f"the data have {name} {found[name]}, the "
-                f"configuration asks for {value}; change either")  # fmt: skip
+    asked = {"channels": channels, "height": side, "width": side, "classes": classes,
+             "autoencoder": autoencoder}  # fmt: skip
+    found = *spec.shape, len(spec.classes), spec.autoencoder
+    for (name, value), own in zip(asked.items(), found):
+        require(not value or value == own, f"the data have {name} {own}, the configuration asks for "
+                f"{value}; change either")  # fmt: skip
 
 
 # --- The stream -----------------------------------------------------------------------------------
@@ -1134,6 +1122,18 @@ class TextConditions:
         return y, tuple(part[index * 0] for part in table)
 
 
+def open_conditions(spec: Spec, device, pad_to_length: bool, encoder: str | None = None, known=()):
+    """What makes conditions of class numbers, or of texts, `known` ones encoded here if they are few.
+    encoder: folder or hub name, where that of the spec is elsewhere."""
+    if not spec.text:
+        return ClassConditions(len(spec.classes), device)
+    name, width = encoder or spec.text["encoder"], spec.text["width"]
+    net = load_text_encoder(name, device, spec.text["length"], pad_to_length)
+    require(net.spec["width"] == width, f"--text_encoder {name}: features are {net.spec['width']} wide, "
+            f"the network was trained with {width} of {spec.text['encoder']}")  # fmt: skip
+    return TextConditions(net, device, known if len(known) <= TABLE else ())
+
+
 # --- Autoencoders and image encoders --------------------------------------------------------------
 
 
@@ -1182,8 +1182,8 @@ def encode_features(net, pixels: Tensor, tokens: tuple[int, int]) -> Tensor:
 
 
 def to_pixels(x: Tensor, mean: float, std: float) -> np.ndarray:
-    """(B, C, H, W) -> uint8 (B, H, W, C)."""
-    x = (x * std + mean).round().clamp(0, 255)
+    """(B, C, H, W) -> uint8 (B, H, W, 1 or 3), the first channels."""
+    x = (x[:, : 3 if x.shape[1] >= 3 else 1] * std + mean).round().clamp(0, 255)
     return x.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -1209,8 +1209,6 @@ class Decoder:
     def __call__(self, x: Tensor) -> np.ndarray:
         if self.spec.kind == "pixels":
             return to_pixels(x, self.spec.mean, self.spec.std)
-        if self.spec.kind == "random":
-            return to_pixels(x[:, :3] if x.shape[1] >= 3 else x[:, :1], 128, 40)
         z = x.to(self.device, torch.float32) * self.spec.std + self.spec.mean
         area = z.shape[2] * z.shape[3] * self.factor**2
         self.vae.disable_tiling()
@@ -1282,7 +1280,7 @@ def plot(path, curves: dict, **axes_settings) -> None:
 class PrepareConfig:
     """The flags of `data.py prepare`."""
 
-    images: str = flag("", "folder or tar: class folders, or with captions", required=True)
+    images: str = flag("", "folder of pictures: class folders, or with captions", required=True)
     out: str = flag("", "folder of the set", required=True)
     autoencoder: str = flag("", "store latents of sd-vae, dc-ae, a folder or hub name, not pixels")
     means: bool = flag(False, "store the posterior's mean only")
@@ -1308,27 +1306,24 @@ def bucket_sizes(side: int, multiple: int) -> list[tuple[int, int]]:
     return sorted(((h * multiple, w * multiple) for h, w in sizes), key=lambda size: size[0] / size[1])
 
 
-def choose_bucket(size, tables: list, upscale: bool) -> tuple[tuple | None, str]:
-    """The nearest ratio of the largest area that a picture (height, width) fills as it is, and "";
-    or None and why there is none. tables: `bucket_sizes` from small to large."""
+def choose_bucket(size, tables: list, upscale: bool) -> tuple[int, int]:
+    """The nearest ratio of the largest area that a picture (height, width) fills as it is. ValueError
+    if there is none. tables: `bucket_sizes` from small to large."""
     h, w = size
     if max(h, w) > 4.5 * min(h, w):
-        return None, f"{h}x{w} is beyond the ratios from 1:4 to 4:1"
+        raise ValueError(f"{h}x{w} is beyond the ratios from 1:4 to 4:1")
     nearest = [min(table, key=lambda b: abs(math.log(h / w * b[1] / b[0]))) for table in tables]
     fitting = [b for b in nearest if h >= b[0] and w >= b[1]]
     if not fitting and not upscale:
-        return None, "{}x{} is smaller than {}x{}; see --upscale".format(h, w, *nearest[0])
-    return (fitting or nearest[:1])[-1], ""
+        raise ValueError("{}x{} is smaller than {}x{}; see --upscale".format(h, w, *nearest[0]))
+    return (fitting or nearest[:1])[-1]
 
 
-def find_bucket(entry: Entry, tables: list, upscale: bool) -> tuple[tuple | None, str]:
+def find_bucket(entry: Entry, tables: list, upscale: bool) -> tuple[int, int]:
     """`choose_bucket` of a picture as EXIF turns it; only its header is decoded."""
-    try:
-        with pillow(io.BytesIO(entry.read())) as picture:  # Pillow turns TIFFs by itself
-            turned = picture.format != "TIFF" and picture.getexif().get(ORIENTATION, 1) > 4
-            size = picture.size if turned else picture.size[::-1]
-    except ValueError as error:
-        return None, str(error)
+    with pillow(io.BytesIO(entry.read())) as picture:  # Pillow turns TIFFs by itself
+        turned = picture.format != "TIFF" and picture.getexif().get(ORIENTATION, 1) > 4
+        size = picture.size if turned else picture.size[::-1]
     return choose_bucket(size, tables, upscale)
 
 
@@ -1339,7 +1334,7 @@ def sort_by_size(cfg: PrepareConfig, multiple: int, pictures: list[Entry]) -> tu
         return {(side, side): list(range(len(pictures)))}, []
     tables = [bucket_sizes(size, multiple) for size in sorted(cfg.size)]
     groups, skipped = {}, []
-    find = partial(find_bucket, tables=tables, upscale=cfg.upscale)
+    find = partial(attempt, find_bucket, tables=tables, upscale=cfg.upscale)
     found = in_threads(find, pictures, cfg.workers)
     for i, (size, why) in enumerate(tqdm(found, "sizes", len(pictures), disable=None)):
         if why:
@@ -1367,7 +1362,7 @@ def fill_chunk(cfg: PrepareConfig, makers: dict, size, first: int, entries: list
     """Rows `first` and on of the arrays of this size. Plain writes at the rows' offset: a writable
     map, shared between machines, tears pages. Returns [row, name, reason] of what is left out."""
     skipped, (h, w) = [], size
-    stream = in_threads(partial(open_cropped, size=size), entries, cfg.workers, ahead=2 * cfg.batch)
+    stream = in_threads(partial(attempt, open_cropped, size=size), entries, cfg.workers, ahead=2 * cfg.batch)
     for k in range(0, len(entries), cfg.batch):
         x = np.zeros((len(entries[k : k + cfg.batch]), 3, h, w), np.uint8)
         for i, (pixels, why) in zip(range(len(x)), stream):
@@ -1409,10 +1404,10 @@ def finish(cfg: PrepareConfig, found: Found, groups: dict, spec: Spec, skipped: 
         lines = [json.dumps({"image_file": p.name, "captions": texts}) + "\n" for p, texts in pairs]
         write_text(out / "captions.jsonl", "".join(lines))
         np.save(out / "offsets.npy", np.cumsum([0, *map(len, lines)]))
-    plan = (out / "plan.json").read_bytes() + (out / "labels.npy").read_bytes()
-    plan += f"{spec.mean} {spec.std}".encode()  # of pixels: other pictures of the same names and sizes
+    files = ((out / name).read_bytes() for name in ("plan.json", "labels.npy"))
+    content = digest(*files, spec.mean, spec.std)  # these tell other pictures of the same names and sizes
     meta = {"spec": spec.to_json(), "sizes": list(groups), "pixels": cfg.pixels, "skipped": skipped,
-            "captions": bool(found.captions), "fingerprint": hashlib.sha256(plan).hexdigest()[:16]}
+            "captions": bool(found.captions), "fingerprint": content}
     for leftover in out.glob("*.tmp"):  # of a killed one
         leftover.unlink()
     for file in (*out.glob("*.npy"), out):
@@ -1429,11 +1424,12 @@ def finish(cfg: PrepareConfig, found: Found, groups: dict, spec: Spec, skipped: 
 def prepare(cfg: PrepareConfig, found: Found | None = None) -> None:
     """Pictures to a set. Ranks fill every world_size-th chunk; where it was stopped, it goes on."""
     (rank, world_size), out = ranks(), Path(cfg.out)
-    require(Path(cfg.images).exists(), f"--images {cfg.images}: no such folder or tar")
+    require(Path(cfg.images).is_dir(), f"--images {cfg.images}: no such folder")
     inside = Path(cfg.images).resolve() in (out.resolve(), *out.resolve().parents)
     require(not inside, f"--out {out}: lies in --images {cfg.images}; give a folder outside of it")
     require(cfg.native or len(cfg.size) <= 1, f"--size {cfg.size}: several need --native")
     require(cfg.autoencoder or not cfg.pixels, "--pixels: without --autoencoder the set is of pixels")
+    require(max(cfg.size, default=0) <= 2**14, f"--size {cfg.size}: at most {2**14} pixels a side")
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     size = cfg.size or ((256,) if cfg.autoencoder else (64,))
     cfg = replace(cfg, size=size, workers=cfg.workers or max(1, cores))
@@ -1456,25 +1452,21 @@ def prepare(cfg: PrepareConfig, found: Found | None = None) -> None:
     if first_rank((out / "meta.json").is_file):
         say(f"{out}: complete already")
         return
-    owned = lock(out)
-    check_shared(out)
-    first_rank((out / "done").mkdir, 0o777, True, True)
-    first_rank(make_arrays, out, groups, makers)
-    chunks = [(size, k) for size in groups for k in range(0, len(groups[size]), CHUNK)]
-    for k in tqdm(range(rank, len(chunks), world_size), "prepare", disable=True if rank else None):
-        (size, first), mark = chunks[k], out / "done" / f"{k:06}.json"
-        if not mark.is_file():
-            entries = [found.pictures[i] for i in groups[size][first : first + CHUNK]]
-            with explain(OSError, f"{out}: not written; free the disk and run the same again"):
-                write_text(mark, json.dumps([size, fill_chunk(cfg, makers, size, first, entries)]))
-    everyone(None)  # waits for all
     sizes = [(h // factor, w // factor) for h, w in groups] if cfg.native else ()
     shape = channels, max(cfg.size) // factor, max(cfg.size) // factor
     kind, classes = "latents" if vae else "pixels", tuple(found.classes)
     spec = Spec(kind, shape, classes=classes, buckets=tuple(sizes), **vae)
-    first_rank(finish, cfg, found, groups, spec, skipped)
-    for file in owned:
-        file.close()
+    with own(out), explain(OSError, f"{out}: not written; free the disk and run the same again"):
+        first_rank((out / "done").mkdir, 0o777, True, True)
+        first_rank(make_arrays, out, groups, makers)
+        chunks = [(size, k) for size in groups for k in range(0, len(groups[size]), CHUNK)]
+        for k in tqdm(range(rank, len(chunks), world_size), "prepare", disable=True if rank else None):
+            (size, first), mark = chunks[k], out / "done" / f"{k:06}.json"
+            if not mark.is_file():
+                entries = [found.pictures[i] for i in groups[size][first : first + CHUNK]]
+                write_text(mark, json.dumps([size, fill_chunk(cfg, makers, size, first, entries)]))
+        everyone(None)  # waits for all
+        first_rank(finish, cfg, found, groups, spec, skipped)
 
 
 def prepare_folder(root: Path, side: int) -> Path:
@@ -1485,7 +1477,7 @@ def prepare_folder(root: Path, side: int) -> Path:
     def name():
         found = find_pictures(root)
         listing.append(found)
-        times = [os.stat(file).st_mtime_ns for file in dict.fromkeys(p.file for p in found.pictures)]
+        times = [os.stat(p.file).st_mtime_ns for p in found.pictures]
         return PREPARED / f"{printable(root.resolve().stem)}-{found.digest(times, side)}"
 
     inside = root.resolve() in (PREPARED / "x").resolve().parents

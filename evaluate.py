@@ -7,7 +7,6 @@
 """
 
 import argparse
-import hashlib
 import io
 import itertools
 import json
@@ -52,10 +51,6 @@ def append_record(file: Path, record: dict) -> None:
 
 def results_folder(checkpoint: Path) -> Path:
     return checkpoint / "eval" if checkpoint.is_dir() else Path("runs/eval")
-
-
-def digest(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # --- fid: pictures --------------------------------------------------------------------------------
@@ -103,7 +98,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def part(self, indices) -> "Pictures":
         indices = [int(i) for i in indices]
-        key = f"{self.key}_{digest(indices)}"
+        key = f"{self.key}_{data.digest(indices)}"
         labels = None if self.labels is None else self.labels[indices]
         items = [self.items[i] for i in indices]
         return Pictures(self.name, items, self.read, key, self.classes, labels)
@@ -132,7 +127,7 @@ def read_array(pixels: np.ndarray, side: int | None) -> np.ndarray:
 
 
 def open_pictures(name: str, side: int | None) -> Pictures:
-    """Those of a folder or tar, at any depth, by the listing that training uses; or of a data set."""
+    """Those of a folder, at any depth, by the listing that training uses; or of a data set."""
     if name in data.SETS or Path(name, "plan.json").is_file():
         source = data.open_data(name)
         arrays = source.pixels or source.arrays
@@ -146,13 +141,12 @@ def open_pictures(name: str, side: int | None) -> Pictures:
         key = f"{Path(name).name}_{source.fingerprint}_{side}"
         labels = None if source.captions is not None else source.labels[source.rows]
         return Pictures(name, source.rows.tolist(), read, key, source.spec.classes, labels)
-    there = Path(name).is_dir() or (name.lower().endswith(".tar") and Path(name).is_file())
-    require(there, f"{name}: no such folder; give one of pictures, or one of {', '.join(data.SETS)}")
+    require(Path(name).is_dir(), f"{name}: no such folder; give one of pictures, or one of {', '.join(data.SETS)}")
     entries, others = data.list_pictures(name)
     data.say_unread(name, others)
-    stats = {file: Path(file).stat() for file in {e.file for e in entries}}
-    stamps = [(e.name, stats[e.file].st_size, stats[e.file].st_mtime_ns) for e in entries]
-    key = f"{Path(name).stem}_{digest(stamps, side)}"
+    stats = [Path(e.file).stat() for e in entries]
+    stamps = [(e.name, s.st_size, s.st_mtime_ns) for e, s in zip(entries, stats)]
+    key = f"{Path(name).stem}_{data.digest(stamps, side)}"
     try:
         classes, labels = data.label_pictures(name, entries)
     except UserError:  # a folder that could not be trained on can still be scored
@@ -175,7 +169,7 @@ def open_npz(path: Path, side: int | None) -> tuple[Pictures, dict]:
     require(fits and (statistics or len(images)), f"{path}: expected arr_0 as uint8 (n, H, W, 3), or mu "
             f"and sigma, or both; found {found}")  # fmt: skip
     read = lambda i: read_array(images[i].transpose(2, 0, 1), side)
-    key = f"{path.stem}_{hashlib.sha256(raw).hexdigest()[:16]}_{side}"
+    key = f"{path.stem}_{data.digest(raw)}_{side}"
     return Pictures(str(path), list(range(len(images))), read, key), statistics
 
 
@@ -370,7 +364,7 @@ def draw(sampler, cfg: FidConfig, conditions: list[int], steps: int, results: Pa
     trace = []
     sampler.latents([0], [0], steps, cfg.seed, trace)
     name = f"guidance{sampler.options['guidance']:g}_steps{steps}"
-    key = digest(sampler.record, steps, cfg.seed, conditions)
+    key = data.digest(sampler.record, steps, cfg.seed, conditions)
     jobs = sample.numbered(len(conditions), conditions)
     folder = results / f"{name}_{key}"
     sample.write_pictures(sampler, jobs, steps, cfg.seed, cfg.batch, folder)
@@ -417,12 +411,9 @@ def consistency(checkpoint, data_name, num: int, seed: int, batch: int, device: 
     require(name, f"{path} does not say what it was trained on; give --data")
     source = data.open_data(name, spec.shape[1], mirror=False)
     data.check_fits(source.spec, *spec.shape[:2], len(spec.classes), spec.autoencoder)
-    conditions = data.ClassConditions(len(spec.classes), device)
-    if spec.text:
-        require(source.captions, f"--data {name} has no captions, which {path} was trained on")
-        length, padded = spec.text["length"], not model.caption_mask
-        encoder = data.load_text_encoder(spec.text["encoder"], device, length, padded)
-        conditions = data.TextConditions(encoder, device)
+    wanted = not spec.text or source.captions is not None
+    require(wanted, f"--data {name} has no captions, which {path} was trained on")
+    conditions = data.open_conditions(spec, device, not model.caption_mask)
     f, bucket = transition.network_f(model, transport, model.predict), max(source.buckets, key=len)
     low, span, rows = transport.t_min, transport.t_max - transport.t_min, []
     for least, most in itertools.pairwise(LENGTHS):
@@ -430,7 +421,7 @@ def consistency(checkpoint, data_name, num: int, seed: int, batch: int, device: 
         for start in range(0, num, batch):
             n, rng = min(batch, num - start), np.random.default_rng((seed, start))
             some = source.read(rng.integers(bucket.start, bucket.stop, n), rng)
-            x = data.network_space(some.x.to(device), spec, data.rng(seed, start, 3, device=device))
+            x = data.network_space(some.x.to(device), spec, data.seeded(seed, start, 3, device=device))
             eps = sample.initial_noise(x.shape[1:], seed, range(start, start + n), device)
             u = torch.from_numpy(rng.random((3, n)))
             length = span * (least + (most - least) * u[0])

@@ -12,10 +12,12 @@ import hashlib
 import json
 import math
 import re
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +165,7 @@ def newest(runs="runs") -> Path:
 
 def initial_noise(shape, seed: int, indices, device="cpu", *step: int) -> Tensor:
     """N(0, I), (n, *shape) float32: a function of seed and index, and of the step if given."""
-    noise = [torch.randn(*shape, generator=data.rng(seed, i, *step)) for i in indices]
+    noise = [torch.randn(*shape, generator=data.seeded(seed, i, *step)) for i in indices]
     return torch.stack(noise).to(device)
 
 
@@ -287,8 +289,7 @@ def sampling_options(config: dict, **given) -> dict:
     check_guidance(config["model"].get("guide_range"), guidance, options["interval"])
     require(guidance == 1 or train["drop"], f"--guidance {guidance:g}: the checkpoint was trained "
             "with --drop 0 and knows no missing condition; use 1")  # fmt: skip
-    fits = options.get("shift", 1) == 1 or (transport.t_min, transport.t_max) == (0, 1)
-    require(fits, f"--shift: needs times in [0, 1], the network was trained on {transport.name!r}")
+    require(transport.shifts or options.get("shift", 1) == 1, f"--shift: needs times in [0, 1], the network was trained on {transport.name!r}")
     check_stochastic(transport, options["stochastic"])
     return options
 
@@ -353,16 +354,11 @@ def open_sampler(
         for text in names:
             require(data.printable(text) == text, f"--prompts {text!a}: not text in UTF-8; set the "
                     "terminal to it, or give --prompts_file")  # fmt: skip
-        name = text_encoder or spec.text["encoder"]
-        encoder = data.load_text_encoder(name, device, spec.text["length"], not model.caption_mask)
-        width, known = encoder.spec["width"], config["model"]["caption"]
-        require(width == known, f"--text_encoder {name}: features are {width} wide, {path} was "
-                f"trained with {known} of {spec.text['encoder']}")  # fmt: skip
-        conditions = data.TextConditions(encoder, device, names if len(names) <= data.TABLE else ())
-        record["text_encoder"] = name
+        record["text_encoder"] = text_encoder or spec.text["encoder"]
     else:
         require(not prompts, f"--prompts: {path} was trained on classes; give --classes")
-        conditions, names = data.ClassConditions(len(spec.classes), device), spec.classes
+        names = spec.classes
+    conditions = data.open_conditions(spec, device, not model.caption_mask, text_encoder, names)
     decoder = data.Decoder(spec, device, autoencoder)
     lower_precision(model.to(device), dtype)
     return Sampler(model, transport, config, spec, decoder, conditions, names, options, record)
@@ -420,10 +416,15 @@ def numbered(n: int, conditions: list[int]) -> list[tuple[str, int, int]]:
 
 
 def write_npz(folder: Path, jobs: list, path: Path) -> None:
-    """The pictures of a folder in the form of ADM's scorers: arr_0, uint8 (N, H, W, 3)."""
-    pictures = [np.asarray(Image.open(folder / name).convert("RGB")) for name, *_ in jobs]
-    with data.replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=np.stack(pictures))
+    """The pictures of a folder in the form of ADM's scorers: arr_0, uint8 (N, H, W, 3); one by one."""
+    rows = (np.asarray(Image.open(folder / name).convert("RGB")) for name, *_ in jobs)
+    first = next(rows)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(jobs), *first.shape)}
+    with data.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for row in chain([first], rows):
+                file.write(row.tobytes())
 
 
 def write_captions(sampler: Sampler, jobs: list, folder: Path) -> None:
@@ -547,7 +548,7 @@ def main(argv=None):
         draw_grid(sampler, conditions, a.steps, a.seed, out)
         data.say(f"{out}: rows of {a.steps} steps, columns {', '.join(names)}")
         return
-    sampler.record["conditions"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+    sampler.record["conditions"] = data.digest(names)
     jobs, npz = numbered(a.num, conditions), a.out.suffix == ".npz"
     require(not npz or data.ranks()[1] == 1, f"--out {a.out}: with several ranks give a folder; then "
             "the same command in one process with the .npz")  # fmt: skip

@@ -41,7 +41,7 @@ from data import Spec, UserError, explain, flag, require
 from model import SIZES, TiM, lower_precision
 from sample import Sampler, check_guidance, draw_grid, load, sampling_options, save
 from transition import (
-    KERNELS, TAUS, TRANSPORTS, TimeMixture, Transport, adaptive, cat, check_weight, choose, each,
+    KERNELS, TAUS, TRANSPORTS, Transport, adaptive, cat, check_weight, choose, each,
     exact_derivative, finite_difference, guided_pair, interpolate, network_f, resolution_shift,
     sample_loss, sample_times, solve, time_weight, transition_target,
 )  # fmt: skip
@@ -239,8 +239,7 @@ def check(cfg: Config) -> Config:
             "--drop 0.1")  # fmt: skip
     plain = "/" not in cfg.name and not cfg.name.startswith(".")
     require(plain, f"--name {cfg.name}: one folder name, without / or a leading dot; give another --name")
-    unit = (transport.t_min, transport.t_max) == (0, 1)
-    require(unit or not cfg.shift_tokens, f"--shift_tokens {cfg.shift_tokens}: needs times in [0, 1], "
+    require(transport.shifts or not cfg.shift_tokens, f"--shift_tokens {cfg.shift_tokens}: needs times in [0, 1], "
             f"not those of {cfg.transport!r}; use 0")  # fmt: skip
     if cfg.kernel != "constant":
         with explain(ValueError, f"--tau {cfg.tau}: give another, or another --transport"):
@@ -300,7 +299,12 @@ def objective(f, f_ema, transport: Transport, cfg: Config, x, y, null, rng, feat
     features  (B, N, F) of an image encoder, with cfg.align
     returns   the loss to descend (0-d), and what the log averages, {name: (B,)}, with t and r
     """
-    t, r, same = sample_times(transport, len(x), time_mixture(cfg, x.shape), rng)      # (B,), (B,)
+    shift = resolution_shift(x.shape[2] * x.shape[3] // cfg.patch**2, cfg.shift_tokens)
+    t, r, same = sample_times(                                                         # (B,), (B,)
+        transport, len(x), rng, share_diffusion=cfg.share_diffusion, mean=cfg.time_mean,
+        share_consistency=cfg.share_consistency, std=cfg.time_std, diffusion_at=cfg.diffusion_at,
+        shift=shift,
+    )
     eps = torch.randn(x.shape, generator=rng, device=x.device)                       # (B, C, H, W)
     dropped = torch.rand(len(x), generator=rng, device=x.device) < cfg.drop
     y, guidance = choose(dropped, null, y), cfg.guide_gt
@@ -335,13 +339,6 @@ def objective(f, f_ema, transport: Transport, cfg: Config, x, y, null, rng, feat
     weight = time_weight(transport, t, r, cfg.tau, cfg.kernel, cfg.weight_sigma)
     loss = weight * (adaptive(raw) if cfg.adaptive else raw) + cfg.align * alignment
     return loss.mean(), metrics | {"loss": raw.detach()}
-
-
-def time_mixture(cfg: Config, shape) -> TimeMixture:
-    """Of pictures (B, C, H, W): the shift of times is by their number of tokens."""
-    shift = resolution_shift(shape[2] * shape[3] // cfg.patch**2, cfg.shift_tokens)
-    shares = cfg.share_diffusion, cfg.share_consistency
-    return TimeMixture(*shares, cfg.time_mean, cfg.time_std, cfg.diffusion_at, shift)
 
 
 def draw_guidance(cfg: Config, n: int, rng) -> torch.Tensor:
@@ -413,7 +410,7 @@ def train_step(networks: Networks, transport, cfg: Config, spec: Spec, step: int
             model.set_requires_gradient_sync(k + 1 == len(parts))
             model.set_reshard_after_backward(k + 1 == len(parts))
         slot = data.ranks()[0] * len(parts) + k
-        rng = data.rng(cfg.seed, step, slot, 1, device=x.device)  # 1: not a key of sampling
+        rng = data.seeded(cfg.seed, step, slot, 1, device=x.device)  # 1: not a key of sampling
         x = data.network_space(x, spec, rng)
         loss, metrics = objective(f, f_ema, transport, cfg, x, y, null, rng, features)
         (loss / len(parts)).backward()
@@ -474,7 +471,7 @@ def build(cfg: Config, network: dict, device: torch.device) -> Networks:
     hooks cost more than an update on one GPU: its fp32 weights are cast at every pass. FSDP casts
     while it gathers, which halves what goes over the wire.
     """
-    torch.set_rng_state(data.rng(cfg.seed, 0, 0, 2).get_state())  # every rank the same weights
+    torch.set_rng_state(data.seeded(cfg.seed, 0, 0, 2).get_state())  # every rank the same weights
     model, ema = TiM(**network), TiM(**network).requires_grad_(False)
     if cfg.init:
         start_from(model, cfg)
@@ -525,14 +522,13 @@ def start_from(model: TiM, cfg: Config) -> None:
     start fresh, but for the row of no class; a guide_embedder that the file lacks does, too; all
     else must fit, transport and prediction too."""
     old, transport, _ = load(cfg.init)
-    for name, was in (("transport", transport.name), ("predict", old.predict)):
-        now = getattr(cfg, name)
-        require(was == now or cfg.init_anyway, f"--init {cfg.init}: was trained with {name} {was}; "
-                f"give --{name} {was}, or --init_anyway to train them onto {now}")  # fmt: skip
-    for name in ("caption_mask", "rope_layout") if old.classes is None else ():
-        was = getattr(old, name)
-        way = "--no-caption_mask" if was is False else f"--{name} {was}"
-        require(was == getattr(model, name), f"--init {cfg.init}: was trained with {name} {was}; give {way}")
+    trained = {"transport": transport.name, "predict": old.predict}
+    if old.classes is None:
+        trained |= {"caption_mask": old.caption_mask, "rope_layout": old.rope_layout}
+    for name, was in trained.items():
+        now, way = getattr(cfg, name), f"--no-{name}" if was is False else f"--{name} {was}"
+        require(was == now or cfg.init_anyway, f"--init {cfg.init}: was trained with {name} {was}; give "
+                f"{way}, or --init_anyway to train it onto {now}")  # fmt: skip
     state, fresh = old.state_dict(), model.state_dict()
     table = "y_embedder.embedding_table.weight"
     if table in state and table in fresh and len(state[table]) != len(fresh[table]):
@@ -778,43 +774,46 @@ def draw_curve(run: Path) -> None:
 # --- The run --------------------------------------------------------------------------------------
 
 
-class Stop:
-    """SIGTERM, SIGHUP and Ctrl-C ask for a save and an end, as often as they come; only a second
-    Ctrl-C ends at once. Handlers live in the main thread, within the `with`."""
+@contextlib.contextmanager
+def listening():
+    """The list of signals that asked for an end: SIGTERM, SIGHUP, Ctrl-C, as often as they come; only
+    a second Ctrl-C ends at once. Handlers live in the main thread, within the `with`."""
+    seen, hang_up = [], getattr(signal, "SIGHUP", None)  # Windows has none
 
-    def __init__(self):
-        self.seen, self.before = [], {}
-
-    def __enter__(self):
-        numbers, hang_up = [signal.SIGTERM, signal.SIGINT], getattr(signal, "SIGHUP", None)
-        # under nohup a hang-up is ignored; torchrun passes on what it acts on itself
-        if hang_up and (signal.getsignal(hang_up) != signal.SIG_IGN or data.ranks()[1] > 1):
-            numbers.append(hang_up)
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.on_signal) for number in numbers}
-        return self
-
-    def on_signal(self, number, frame):
+    def on_signal(number, frame):
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
-        if not self.seen:
+        if not seen:
             with contextlib.suppress(OSError):  # nobody may be listening any more
                 os.write(2, b"\nstopping after this update, then saving; Ctrl-C again ends at once\n")
-        self.seen.append(number)
+        seen.append(number)
 
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    # under nohup a hang-up is ignored; torchrun passes on what it acts on itself
+    if hang_up and (signal.getsignal(hang_up) != signal.SIG_IGN or data.ranks()[1] > 1):
+        numbers.append(hang_up)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, on_signal) for number in numbers if main_thread}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop: one number over all of them, on the CPU."""
-        told = torch.tensor([len(self.seen)])
-        if dist.is_initialized():
-            dist.all_reduce(told)
-        return bool(told)
+
+def any_rank(asked: bool) -> bool:
+    """Whether it holds on any of them: one number over all, on the CPU."""
+    told = torch.tensor([int(asked)])
+    if dist.is_initialized():
+        dist.all_reduce(told)
+    return bool(told)
 
 
 def open_dataset(cfg: Config) -> data.DataSet:
+    """The data that cfg asks for, or a UserError on all ranks."""
+    source = Path(cfg.data).expanduser().resolve()
+    inside = source.is_dir() and source in (Path(cfg.runs) / "x").resolve().parents
+    require(not inside, f"--runs {cfg.runs}: lies in --data {cfg.data}; give another --runs")
     if cfg.data == "random":
         return data.random_data((cfg.channels, cfg.side, cfg.side), cfg.classes)
     absent = cfg.data not in data.SETS and not Path(cfg.data).expanduser().exists()
@@ -829,19 +828,29 @@ def open_dataset(cfg: Config) -> data.DataSet:
 
 
 def open_conditions(cfg: Config, dataset: data.DataSet, device):
-    """What makes conditions of classes or captions, what does so for the sample grids, their names,
-    and the spec with its text."""
-    spec = dataset.spec
-    if dataset.captions is None:
-        conditions = data.ClassConditions(len(spec.classes), device)
-        return conditions, conditions, spec.classes[:10], spec
+    """What makes conditions of classes or captions, the names of those in sample grids, and the spec
+    with its text."""
+    spec, captions = dataset.spec, dataset.captions
+    if captions is None:
+        return data.ClassConditions(len(spec.classes), device), spec.classes[:10], spec
     encoder = data.load_text_encoder(cfg.text_encoder, device, pad_to_length=not cfg.caption_mask)
-    known = dataset.captions.texts if len(dataset.captions) <= data.TABLE else ()
-    some = np.linspace(0, len(dataset.captions) - 1, min(10, len(dataset.captions))).astype(int)
-    prompts = spec.prompts or tuple(dataset.captions[i][0][:1000] for i in some)
-    for_grids = data.TextConditions(encoder, device, prompts)
+    some = np.linspace(0, len(captions) - 1, min(10, len(captions))).astype(int)
+    prompts = spec.prompts or tuple(captions[i][0][:1000] for i in some)
+    known = (*captions.texts, *prompts) if len(captions) <= data.TABLE else ()
     conditions = data.TextConditions(encoder, device, known, 64 if cfg.compile else 1)
-    return conditions, for_grids, prompts, replace(spec, text=encoder.spec, prompts=prompts)
+    return conditions, prompts, replace(spec, text=encoder.spec, prompts=prompts)
+
+
+def open_image_encoder(cfg: Config, dataset: data.DataSet, device):
+    """With cfg.align the frozen network of its features, and their width; else None and 0."""
+    if not cfg.align:
+        return None, 0
+    seen = dataset.pixels or dataset.spec.shape[0] == 3
+    require(seen, f"--align: --data {cfg.data} keeps no pixels; prepare it with --pixels")
+    option = f"--align_encoder {cfg.align_encoder}"
+    encoder = data.load_network("transformers", option, cfg.align_encoder, device)
+    probe = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    return encoder, data.encode_features(encoder, probe, (4, 4)).shape[2]
 
 
 def open_decoder(spec: Spec, device) -> data.Decoder:
@@ -850,7 +859,7 @@ def open_decoder(spec: Spec, device) -> data.Decoder:
         return data.Decoder(spec, device)
     except UserError as error:
         data.note(f"pictures show latent channels: {error}")
-        return data.Decoder(replace(spec, kind="random"), device)
+        return data.Decoder(replace(spec, kind="pixels", mean=128.0, std=40.0), device)
 
 
 @contextlib.contextmanager
@@ -874,12 +883,6 @@ def show_data(path: Path, part: MicroBatch, batch: data.Batch, spec: Spec, decod
         data.write_picture(data.grid(rows, max(1, 64 // rows.shape[2]), names[:n]), path)
 
 
-def draw_samples(sampler: Sampler, cfg: Config, path: Path) -> None:
-    """A row per number of steps, a column per class or prompt; every rank joins, rank 0 writes."""
-    with picture_may_fail(), torch.compiler.set_stance("force_eager"):  # no compiling for its batch
-        draw_grid(sampler, list(range(min(10, len(sampler.names)))), [1, 2, 4, 8, 32], cfg.seed, path)
-
-
 def train(cfg: Config) -> None:
     """Train or resume; every rank of a torchrun calls it with the same configuration."""
     device, transport = data.open_device(cfg.device), TRANSPORTS[cfg.transport]
@@ -887,39 +890,28 @@ def train(cfg: Config) -> None:
     torch._dynamo.config.recompile_limit = 512  # one a shape: buckets, captions, batches
     torch._dynamo.config.accumulated_recompile_limit = 512
     data.connect(device)
-    owned = []
-    try:
-        # data and conditions
-        rank, world_size = data.ranks()
-        source = Path(cfg.data).expanduser().resolve()
-        inside = source.is_dir() and source in (Path(cfg.runs) / "x").resolve().parents
-        require(not inside, f"--runs {cfg.runs}: lies in --data {cfg.data}; give another --runs")
-        dataset = open_dataset(cfg)
-        cfg = data.first_rank(resolve, cfg, dataset.spec, device, world_size)
-        conditions, for_grids, names, spec = open_conditions(cfg, dataset, device)
-        encoder, width = None, 0
-        if cfg.align:
-            require(dataset.pixels or spec.shape[0] == 3, f"--align: --data {cfg.data} keeps no pixels; "
-                    "prepare it with --pixels")  # fmt: skip
-            option = f"--align_encoder {cfg.align_encoder}"
-            encoder = data.load_network("transformers", option, cfg.align_encoder, device)
-            probe = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-            width = data.encode_features(encoder, probe, (4, 4)).shape[2]
+    rank, world_size = data.ranks()
 
-        # network, and the newest checkpoint; nothing is written before all of it fits
-        run, network = Path(cfg.runs) / cfg.name, network_arguments(cfg, spec, width)
-        record = {"model": network, "data": spec.to_json(), "train": asdict(cfg)}
-        record["fingerprint"] = dataset.fingerprint
-        going_on = data.first_rank(checkpoints, run)
-        if cfg.init and going_on:
-            data.note(f"--init {cfg.init} is not read: {run} goes on from {going_on[-1].name}")
-        networks = build(replace(cfg, init="" if going_on else cfg.init), network, device)
-        data.first_rank((run / "checkpoints").mkdir, 0o777, True, True)
-        owned = data.lock(run)
-        data.check_shared(run)
+    # data and conditions
+    dataset = open_dataset(cfg)
+    cfg = data.first_rank(resolve, cfg, dataset.spec, device, world_size)
+    conditions, names, spec = open_conditions(cfg, dataset, device)
+    encoder, width = open_image_encoder(cfg, dataset, device)
+
+    # network; nothing is written before all of it fits
+    run, network = Path(cfg.runs) / cfg.name, network_arguments(cfg, spec, width)
+    record = {"model": network, "data": spec.to_json(), "train": asdict(cfg)}
+    record["fingerprint"] = dataset.fingerprint
+    going_on = data.first_rank(checkpoints, run)
+    if cfg.init and going_on:
+        data.note(f"--init {cfg.init} is not read: {run} goes on from {going_on[-1].name}")
+    networks = build(replace(cfg, init="" if going_on else cfg.init), network, device)
+    data.first_rank((run / "checkpoints").mkdir, 0o777, True, True)
+
+    with data.own(run):
         begin = done = resume(run, networks, record)
         sampler = Sampler(
-            networks.ema, transport, record, spec, open_decoder(spec, device), for_grids, names,
+            networks.ema, transport, record, spec, open_decoder(spec, device), conditions, names,
             sampling_options(record), record={},
         )  # fmt: skip
         about = {"config": asdict(cfg), "begin": begin, "torch": torch.__version__}
@@ -932,7 +924,7 @@ def train(cfg: Config) -> None:
         # updates, until all are done or a signal came
         slots, of = [rank * cfg.accumulate + k for k in range(cfg.accumulate)], world_size * cfg.accumulate
         stream = data.batches(dataset, cfg.batch // of, cfg.seed, slots, of, begin, cfg.patch)
-        with Stop() as stop:
+        with listening() as signals:
             stopping = False
             while done < cfg.steps and not stopping:
                 began = time.perf_counter()
@@ -940,39 +932,38 @@ def train(cfg: Config) -> None:
                 waited = time.perf_counter() - began
                 parts = [to_micro_batch(batch, conditions, encoder, cfg, device) for batch in batches]
                 if done == begin and rank == 0:
-                    rng = data.rng(cfg.seed, done, 0, 1, device=device)
+                    rng = data.seeded(cfg.seed, done, 0, 1, device=device)
                     show_data(run / "samples" / "data.png", parts[0], batches[0], spec, sampler.decode, rng)
                 norm, metrics = train_step(networks, transport, cfg, spec, done, parts)
                 log.add(norm, metrics, waited)
                 done += 1
 
-                stopping = stop.agreed()
+                stopping = any_rank(bool(signals))
                 saving = stopping or done == cfg.steps or done % cfg.save_every == 0
                 if saving or done % cfg.log_every == 0:
                     log.flush()  # raises, on all ranks, before a bad update is saved
                 began = time.perf_counter()
                 if saving:
                     write_checkpoint(run, done, networks, record)
-                if done == cfg.steps or done % cfg.sample_every == 0:
-                    draw_samples(sampler, cfg, run / "samples" / f"step_{done:08d}.png")
+                if done == cfg.steps or done % cfg.sample_every == 0:  # every rank joins
+                    file, columns = run / "samples" / f"step_{done:08d}.png", list(range(len(names)))
+                    with picture_may_fail(), torch.compiler.set_stance("force_eager"):
+                        draw_grid(sampler, columns, [1, 2, 4, 8, 32], cfg.seed, file)
                 log.began += time.perf_counter() - began  # the rate is that of updates
         log.close()
-        if dist.is_initialized():  # here alone: after an error the others may be in a collective
-            dist.destroy_process_group()
+        if rank == 0 and begin < cfg.steps == done:
+            draw_curve(run)
+    if dist.is_initialized():  # here alone: after an error the others may be in a collective
+        dist.destroy_process_group()
 
-        if begin >= cfg.steps:
-            data.say(f"{run}: already at update {begin}; raise --steps to go on")
-        elif done < cfg.steps:
-            data.say(f"{run}: stopped after update {done}, run again to go on")
-            if signal.SIGINT in stop.seen:
-                raise KeyboardInterrupt  # status 130, so that `train.py && ...` does not go on
-        else:
-            if rank == 0:
-                draw_curve(run)
-            data.say(f"{run}: all {done} updates are done, samples in {run / 'samples'}")
-    finally:
-        for file in owned:
-            file.close()
+    if begin >= cfg.steps:
+        data.say(f"{run}: already at update {begin}; raise --steps to go on")
+    elif done == cfg.steps:
+        data.say(f"{run}: all {done} updates are done, samples in {run / 'samples'}")
+    else:
+        data.say(f"{run}: stopped after update {done}, run again to go on")
+        if signal.SIGINT in signals:
+            raise KeyboardInterrupt  # status 130, so that `train.py && ...` does not go on
 
 
 def to_micro_batch(batch: data.Batch, conditions, encoder, cfg: Config, device) -> MicroBatch:

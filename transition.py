@@ -40,6 +40,11 @@ class Transport:
     h: tuple[float, float] = (0.001, 0.01)  # of `finite_difference` in fp32 and bf16, as measured
     rho: float = 1.0  # sampling times are equally spaced in t^(1/rho), see `times`
 
+    @property
+    def shifts(self) -> bool:
+        """Whether its times are those of `shift_times`, 0 to 1."""
+        return (self.t_min, self.t_max) == (0, 1)
+
     def fraction(self, t):
         """The place of a time between t_min and t_max, 0 to 1, on the scale of `times`."""
         low, high = (end ** (1 / self.rho) for end in (self.t_min, self.t_max))
@@ -335,7 +340,7 @@ def shift_times(transport: Transport, t: Tensor, shift: float) -> Tensor:
     """t -> s t / (1 + (s - 1) t): more noise for more tokens (s > 1); keeps 0, 1 and the order."""
     if shift == 1:
         return t
-    if (transport.t_min, transport.t_max) != (0.0, 1.0) or not 0 < shift < math.inf:
+    if not transport.shifts or not 0 < shift < math.inf:
         raise ValueError(f"shift {shift:g} of {transport.name!r}: it must be positive, over [0, 1]")
     return shift * t / (1 + (shift - 1) * t)
 
@@ -346,40 +351,36 @@ def resolution_shift(tokens: int, base: int) -> float:
     return math.sqrt(tokens / base) if base else 1.0
 
 
-@dataclass(frozen=True)
-class TimeMixture:
-    """Shares and distribution of the times of training."""
-
-    share_diffusion: float = 0.5  # of samples with r = t: plain diffusion, needs no derivative
-    share_consistency: float = 0.1  # of samples with r = t_min
-    mean: float | None = None  # of the transport's draw; None: its own
-    std: float | None = None
-    diffusion_at: str = "later"  # where r = t: the "later" draw, the "earlier", or "one" of both
-    shift: float = 1.0  # see `shift_times`
-
-
-def sample_times(transport: Transport, n: int, mixture: TimeMixture, rng: torch.Generator):
+def sample_times(
+    transport: Transport, n: int, rng: torch.Generator, *, share_diffusion=0.5, share_consistency=0.1,
+    mean=None, std=None, diffusion_at="later", shift=1.0,
+):  # fmt: skip
     """Two draws each, t the later and r the earlier; some samples then get r = t or r = t_min.
 
-    r = t for the first n * share samples: that number is rounded down, or up with the probability
-    of its fraction, so that the share is met on average at any n. The "later" draw, the authors' choice,
-    hardly trains small times: where one draw is below a time with chance p, the later is with p^2.
+    share_diffusion    of the samples have r = t, plain diffusion, which needs no derivative: the first
+                       n * share; that number is rounded down, or up with the probability of its
+                       fraction, so that the share is met on average at any n
+    share_consistency  of the samples have r = t_min
+    mean, std          of the transport's draw; None: its own
+    diffusion_at       where r = t: the "later" draw, the "earlier", or "one" of both. The later, the
+                       authors' choice, hardly trains small times: where one draw is below a time
+                       with chance p, the later is with p^2
+    shift              see `shift_times`
     returns  t, r (n,) float32 on the generator's device, t_min <= r <= t <= t_max; and how many
              samples, the first ones, surely have r = t: those after them need a derivative
     """
     device = rng.device
-    mean = transport.mean if mixture.mean is None else mixture.mean
-    std = transport.std if mixture.std is None else mixture.std
+    mean, std = transport.mean if mean is None else mean, transport.std if std is None else std
     draws = transport.draw(torch.randn(2, n, generator=rng, device=device), mean, std)
-    draws = shift_times(transport, draws.clamp(transport.t_min, transport.t_max), mixture.shift)
+    draws = shift_times(transport, draws.clamp(transport.t_min, transport.t_max), shift)
     t, r = draws.max(0).values, draws.min(0).values
     diffusion_time = draws[0]
-    if mixture.diffusion_at != "one":
-        diffusion_time = t if mixture.diffusion_at == "later" else r
-    u = torch.rand(n, generator=rng, device=device) * (1 - mixture.share_diffusion)
-    r = r.masked_fill(u < mixture.share_consistency, transport.t_min)
-    same = math.floor(n * mixture.share_diffusion + 1e-9)
-    fraction = n * mixture.share_diffusion - same
+    if diffusion_at != "one":
+        diffusion_time = t if diffusion_at == "later" else r
+    u = torch.rand(n, generator=rng, device=device) * (1 - share_diffusion)
+    r = r.masked_fill(u < share_consistency, transport.t_min)
+    same = math.floor(n * share_diffusion + 1e-9)
+    fraction = n * share_diffusion - same
     is_diffusion = torch.arange(n, device=device) < same
     if fraction > 1e-6:
         is_diffusion[same] = torch.rand((), generator=rng, device=device) < fraction

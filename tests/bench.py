@@ -26,7 +26,7 @@ import sample
 import train
 from model import TiM, lower_precision
 from transition import (
-    TRANSPORTS, TimeMixture, exact_derivative, finite_difference, interpolate, network_f, sample_times
+    TRANSPORTS, exact_derivative, finite_difference, interpolate, network_f, sample_times
 )  # fmt: skip
 
 
@@ -95,9 +95,9 @@ def open_actions(cfg: train.Config, spec, part, device, sampling_steps) -> dict:
     for name, arm in updates.items():
         actions[name] = partial(train.train_step, networks, transport, arm, spec, 0, [part])
 
-    rng = data.rng(cfg.seed, device=device)
+    rng = data.seeded(cfg.seed, device=device)
     x = data.network_space(part.x, spec, rng)
-    t, r, _ = sample_times(transport, len(x), train.time_mixture(cfg, x.shape), rng)
+    t, r, _ = sample_times(transport, len(x), rng, mean=cfg.time_mean, std=cfg.time_std)
     f = network_f(networks.ema, transport, cfg.predict)
     inputs = f, transport, x, torch.randn_like(x), t, r, part.y
     actions["df/dt, DDE"] = partial(finite_difference, *inputs, cfg.h)
@@ -152,15 +152,12 @@ def errors(checkpoint: Path, n: int, device: torch.device, seed: int) -> list[di
     source = data.random_data(spec.shape, len(spec.classes))
     if trained.get("data", "random") != "random":
         source = data.open_data(trained["data"], spec.shape[1], mirror=False)
-    conditions = data.ClassConditions(len(spec.classes), device)
-    if spec.text:
-        encoder = spec.text["encoder"], device, spec.text["length"], not model.caption_mask
-        conditions = data.TextConditions(data.load_text_encoder(*encoder), device)
-    rng, batch = data.rng(seed, device=device), next(data.batches(source, n, seed, [0], 1))
+    conditions = data.open_conditions(spec, device, not model.caption_mask)
+    rng, batch = data.seeded(seed, device=device), next(data.batches(source, n, seed, [0], 1))
     x = data.network_space(batch.x.to(device), source.spec, rng)
     eps = torch.randn(x.shape, generator=rng, device=device)
-    mixture = TimeMixture(0.0, 0.1, trained.get("time_mean"), trained.get("time_std"))
-    t, r, _ = sample_times(transport, len(x), mixture, rng)
+    options = {"share_diffusion": 0.0, "mean": trained.get("time_mean"), "std": trained.get("time_std")}
+    t, r, _ = sample_times(transport, len(x), rng, **options)
     y, _ = conditions(batch.y)
     y = (y, torch.ones(len(x), device=device)) if model.guide_range else y
 

@@ -47,7 +47,7 @@ def no_picture(*args) -> None:
 
 def without_pictures(patch) -> None:
     """patch(object, name, value), as that of pytest's monkeypatch."""
-    for name in ("draw_samples", "draw_curve", "show_data"):
+    for name in ("draw_grid", "draw_curve", "show_data"):
         patch(train, name, no_picture)
 
 

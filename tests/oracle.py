@@ -7,7 +7,7 @@ sqrt(v(r) / v(t)) x_t, and so the ideal network is f*(x_t, t, r) = (sqrt(v(r) / 
 import torch
 
 from model import TiM
-from transition import TRANSPORTS, TimeMixture, edm, expand, residual, sample_times, step_coefficients
+from transition import TRANSPORTS, edm, expand, residual, sample_times, step_coefficients
 
 ALL = [*TRANSPORTS.values(), edm(sigma_data=0.5)]
 NAMES = [*TRANSPORTS, "edm(.5)"]
@@ -28,7 +28,7 @@ def reach(transport):
 
 def times(transport, n=400, gap=0.05):
     """Float64 pairs t > r as in training, `gap` of the reach apart or more."""
-    t, r, _ = sample_times(transport, n, TimeMixture(0, 0), seeded(1))
+    t, r, _ = sample_times(transport, n, seeded(1), share_diffusion=0, share_consistency=0)
     t, r = t.double(), r.double()
     keep = transport.c_noise(t) - transport.c_noise(r) > gap * reach(transport)
     assert keep.sum() > 20

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -208,7 +207,7 @@ def test_an_npz_scores_as_the_folder_of_its_pictures(tmp_path):
 
 
 def test_pictures_are_those_that_training_reads(tmp_path):
-    """Pixel for pixel: transparency, 16 bits, EXIF, greys, a link, a tar, any size."""
+    """Pixel for pixel: transparency, 16 bits, EXIF, greys, a link, any size."""
     root, rng = tmp_path / "odd", np.random.default_rng(0)
     pictures(root / "a", 6, 1, side=37)
     noise = rng.integers(0, 256, (40, 52, 4), np.uint8)
@@ -220,8 +219,7 @@ def test_pictures_are_those_that_training_reads(tmp_path):
     Image.fromarray(noise[:, :, :3]).save(root / "a" / "turned.jpg", exif=turn)
     pictures(tmp_path / "elsewhere", 3, 2, side=21)
     os.symlink(tmp_path / "elsewhere", root / "b")
-    with tarfile.open(root / "c.tar", "w") as tar:
-        tar.add(pictures(tmp_path / "packed", 3, 3, side=16), "packed")
+    pictures(root / "c", 3, 3, side=16)
     trained = data.open_data(str(root), side=16, mirror=False)
     x = trained.read(np.arange(len(trained)), rng).x
     seen = evaluate.open_pictures(str(root), 16)
@@ -383,7 +381,7 @@ def test_ranks_share_the_sampling_and_one_writes(run, real, tmp_path):
 class Ideal:
     """The ideal network, with its limit at r = t; in float64 inside."""
 
-    predict, guide_range = "f", None
+    predict, guide_range, caption_mask = "f", None, True
 
     def __init__(self, transport):
         self.f = ideal(transport)

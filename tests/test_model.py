@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from model import SIZES, TiM, attend, lower_precision, rope_table, rotate
 from transition import (
-    TRANSPORTS, TimeMixture, exact_derivative, finite_difference, network_f, output_from_x, sample_times,
+    TRANSPORTS, exact_derivative, finite_difference, network_f, output_from_x, sample_times,
     transition_target,
 )  # fmt: skip
 
@@ -236,7 +236,7 @@ def test_a_transports_own_h_makes_a_target_near_that_of_forward_mode(name, dtype
     """Times as in training; relative to the target in float64, on average over pictures. Too wide an
     h bends, too narrow a one drowns in rounding: a new transport may need an h of its own."""
     transport = TRANSPORTS[name]
-    t, r, _ = sample_times(transport, 128, TimeMixture(0, 0.2), seeded(3))
+    t, r, _ = sample_times(transport, 128, seeded(3), share_diffusion=0, share_consistency=0.2)
     x, eps = torch.randn(2, 128, 3, 8, 8, generator=seeded(4))
     y = torch.arange(128) % 6
     f, exact_f = network_f(lower_precision(lively(), dtype), transport, "f"), lively().double()

@@ -418,7 +418,7 @@ def test_a_spec_of_the_second_edition_means_what_it_did():
     x = torch.randn(3, 4, 2, 2)
     for record, expected in ((latents, (x - 0.5) * 0.25), (pixels, (x - 100) / 50)):
         spec = Spec.from_json(record | {"classes": ["a"], "text": None})
-        torch.testing.assert_close(data.network_space(x, spec, data.rng(0)), expected)
+        torch.testing.assert_close(data.network_space(x, spec, data.seeded(0)), expected)
         assert Spec.from_json(spec.to_json()) == spec
 
 

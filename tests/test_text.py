@@ -163,7 +163,7 @@ def test_a_dropped_caption_is_the_empty_one(drop, guide, tangent):
     f = network_f(model, TRANSPORTS["tim"], "f")
     cfg = train.Config(drop=drop, guide_gt=guide, tangent=tangent, patch=4, h=0.005)
     x = torch.randn(8, 3, 8, 8)
-    train.objective(f, f, TRANSPORTS["tim"], cfg, x, y, null, data.rng(0))
+    train.objective(f, f, TRANSPORTS["tim"], cfg, x, y, null, data.seeded(0))
     seen = {int((want == v).all(-1).all(-1).nonzero()) for part in shown for v in part}
     assert seen == ({2} if drop else {0, 1}) | ({2} if guide == 2 else set())
 
@@ -285,7 +285,7 @@ def test_released_text_weights_sample_with_a_local_gemma(released, gemma, tmp_pa
     assert config["data"]["text"] == {"encoder": data.GEMMA, "length": 256, "width": 20}
     assert "--prompts" in refused(sample.main, "--checkpoint", released, "--device", "cpu")
 
-    spec = config["data"] | {"kind": "random"}  # no autoencoder here
+    spec = config["data"] | {"kind": "pixels"}  # no autoencoder here
     sample.save(tmp_path / "mine.safetensors", model.state_dict(), config | {"data": spec})
     prompts = ["red apple", "sun"]
     sampler = sample.open_sampler(
@@ -304,7 +304,7 @@ def test_released_text_weights_are_trained_on_as_they_were(released, monkeypatch
     """--init names the flags of padding and of token positions that the file needs."""
     old = sample.load(released)[2]["model"]
     monkeypatch.setitem(SIZES, "demo", {k: old[k] for k in ("depth", "width", "heads", "adaln")})
-    spec = data.Spec("random", (old["channels"], 4, 4), text={"width": 20})
+    spec = data.Spec("pixels", (old["channels"], 4, 4), text={"width": 20})
     flags = ["--transport", "otfm", "--predict", "f", "--init", str(released), "--size", "demo"]
 
     def build(*more):

@@ -29,7 +29,7 @@ from model import SIZES
 from transition import TRANSPORTS, network_f
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-SPEC = data.Spec("random", (2, 4, 4), classes=("a", "b", "c"))
+SPEC = data.Spec("pixels", (2, 4, 4), classes=("a", "b", "c"))
 
 # --- The objective --------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ GUIDANCE = {  # and other parts of the loss
 
 
 def micro_batch(n=8, seed=0):
-    x, y = torch.randn(n, 2, 4, 4, generator=data.rng(seed)), torch.arange(n) % 3
+    x, y = torch.randn(n, 2, 4, 4, generator=data.seeded(seed)), torch.arange(n) % 3
     return train.MicroBatch(x, y, torch.full_like(y, 3))
 
 
@@ -90,7 +90,7 @@ def test_the_objective_is_the_papers_equation(derivative, predict, tangent, guid
     x, y, null, _ = micro_batch(n)
     x = x.double()
     f, f_ema = (network_f(m, transport, predict) for m in (model, average))
-    rng = data.rng(1)
+    rng = data.seeded(1)
     loss, metrics = train.objective(listener(f, heard), f_ema, transport, cfg, x, y, null, rng)
 
     ((x_t, t, r, shown),) = heard
@@ -135,7 +135,7 @@ def draw(cfg, n=4000, seed=0):
     heard, f = [], lambda x_t, t, r, y: 0 * x_t
     x, y, null = torch.ones(n, 1, 2, 2), torch.zeros(n).long(), torch.ones(n).long()
     transport = TRANSPORTS[cfg.transport]
-    _, metrics = train.objective(listener(f, heard), f, transport, cfg, x, y, null, data.rng(seed))
+    _, metrics = train.objective(listener(f, heard), f, transport, cfg, x, y, null, data.seeded(seed))
     assert metrics["loss"].isfinite().all()
     return heard[0]
 
@@ -152,14 +152,14 @@ def test_the_alignment_loss_is_added_and_logged(tmp_path):
     """1 - the mean cosine of a picture's tokens and features; a line of the log has its average."""
     cfg, (x, y, null, _) = replace(PLAIN, align=0.5), micro_batch()
     model, transport = lively(channels=2, classes=3, projector=(1, 8, 6)), TRANSPORTS["tim"]
-    features, seen = torch.randn(8, 4, 6, generator=data.rng(2)), []
+    features, seen = torch.randn(8, 4, 6, generator=data.seeded(2)), []
     model.projector.register_forward_hook(lambda module, args, out: seen.append(out))
     f = network_f(model, transport, "f")
-    loss, metrics = train.objective(f, f, transport, cfg, x, y, null, data.rng(1), features)
+    loss, metrics = train.objective(f, f, transport, cfg, x, y, null, data.seeded(1), features)
     want = 1 - torch.cosine_similarity(seen[-1], features, dim=2).mean(1)
     torch.testing.assert_close(metrics["alignment"], want)
     plain = replace(cfg, align=0.0)
-    plain, _ = train.objective(f, f, transport, plain, x, y, null, data.rng(1))
+    plain, _ = train.objective(f, f, transport, plain, x, y, null, data.seeded(1))
     torch.testing.assert_close(loss, plain + 0.5 * want.mean())
 
     written = train.Log(tmp_path, replace(cfg, steps=1), transport, CPU, 0, {})
@@ -255,7 +255,7 @@ def test_the_seed_is_of_weights_noise_times_and_order(tmp_path, monkeypatch):
 
     monkeypatch.chdir(photos(tmp_path))
     own = "--data photos --channels 0 --classes 0 --side 8 --no-mirror --steps 1".split()
-    monkeypatch.setattr(train, "draw_samples", no_picture)
+    monkeypatch.setattr(train, "draw_grid", no_picture)
     shown = []
     for k in (0, 1, 0):  # what the network is fed: pixels as they are, in the order of the stream
         run = train_here(tmp_path / f"{len(shown)}", *own, "--seed", k, pictures=True)
@@ -591,7 +591,7 @@ def walk(tmp_path_factory):
     for file in (place / "texts").rglob("*.png"):
         file.with_suffix(".txt").write_text(f"a {'very ' * (len(traces) % 3)}small {file.stem}")
 
-    def draw(sampler, cfg, path):
+    def draw(sampler, columns, steps, seed, path):
         path.touch()
         drawn.append(sampler.latents([0, 1], [0, 1], 2, seed=0))
 
@@ -625,7 +625,7 @@ def walk(tmp_path_factory):
             patch.chdir(place)
             patch.setitem(SIZES, "demo", dict(depth=2, width=32, heads=2, adaln=16))
             patch.setitem(SIZES, "emoji", dict(depth=2, width=48, heads=2, adaln=16))
-            patch.setattr(train, "draw_samples", draw)
+            patch.setattr(train, "draw_grid", draw)
             patch.setattr(train, "draw_curve", no_picture)
             yield
 

@@ -17,7 +17,7 @@ from oracle import (
 
 from sample import generate
 from transition import (
-    KERNELS, SIGMA_FLOOR, TAUS, TRANSPORTS, TimeMixture, adaptive, cat, check_weight, choose, each, edm,
+    KERNELS, SIGMA_FLOOR, TAUS, TRANSPORTS, adaptive, cat, check_weight, choose, each, edm,
     exact_derivative, expand, finite_difference, guided_pair, interpolate, network_f, output_from_x,
     residual, sample_loss, sample_times, shift_times, slope, solve, step, step_coefficients,
     time_weight, transition_target, vp_beta,
@@ -218,7 +218,7 @@ def test_the_target_becomes_the_residual_as_r_nears_t(transport):
 
 @each_transport
 def test_fp32_is_enough_for_the_formulas(transport):
-    t, r, _ = sample_times(transport, 5000, TimeMixture(0.2, 0.2), seeded(7))
+    t, r, _ = sample_times(transport, 5000, seeded(7), share_diffusion=0.2, share_consistency=0.2)
     x, eps, df_dt = torch.randn(3, 5000, 1, generator=seeded(8))
     exact = transition_target(transport, *(v.double() for v in (x, eps, t, r, df_dt)))
     found = transition_target(transport, x, eps, t, r, df_dt)
@@ -559,7 +559,8 @@ def test_sample_loss_and_its_adaptive_division():
 
 
 def draws(transport, **options):
-    t, r, _ = sample_times(transport, 20000, TimeMixture(0, 0, **options), seeded(3))
+    options = {"share_diffusion": 0, "share_consistency": 0} | options
+    t, r, _ = sample_times(transport, 20000, seeded(3), **options)
     return torch.cat([t, r]).double()  # the later and the earlier of two draws: together, the draws
 
 
@@ -579,8 +580,8 @@ def test_mean_deviation_and_shift_of_the_draw():
 @pytest.mark.parametrize("share, lowest", [(0.5, 0.1), (0.2, 0.3), (1.0, 0.0), (0.0, 1.0)])
 @each_transport
 def test_the_mixture_of_times(transport, share, lowest):
-    n, mixture = 20001, TimeMixture(share, lowest)
-    t, r, same = sample_times(transport, n, mixture, seeded(4))
+    n, shares = 20001, {"share_diffusion": share, "share_consistency": lowest}
+    t, r, same = sample_times(transport, n, seeded(4), **shares)
     low = torch.tensor(transport.t_min)
     assert t.dtype == r.dtype == torch.float32 and t.shape == r.shape == (n,)
     assert (low <= r).all() and (r <= t).all() and (t <= transport.t_max + 1e-6).all()
@@ -589,7 +590,7 @@ def test_the_mixture_of_times(transport, share, lowest):
     assert float((rest == low).sum()) / n == pytest.approx(lowest, abs=0.01)
     inside = (rest < t[same + 1 :]) & (rest > low)
     assert float(inside.sum()) / n == pytest.approx(1 - share - lowest, abs=0.01)
-    again = sample_times(transport, n, mixture, seeded(4))
+    again = sample_times(transport, n, seeded(4), **shares)
     assert torch.equal(t, again[0]) and torch.equal(r, again[1])
 
 
@@ -597,22 +598,23 @@ def test_the_mixture_of_times(transport, share, lowest):
 @pytest.mark.parametrize("share", [0.5, 0.3, 0.0, 1.0])
 def test_the_share_of_r_equal_t_is_met_on_average_in_micro_batches_of(n, share):
     """Where no whole number of samples has the share, one sample gets r = t by chance."""
-    mixture, rng, repeats = TimeMixture(share, 0.1 * (1 - share)), seeded(5), 2400 // n
+    shares = {"share_diffusion": share, "share_consistency": 0.1 * (1 - share)}
+    rng, repeats = seeded(5), 2400 // n
     equal, lowest = [], []
     for _ in range(repeats):
-        t, r, same = sample_times(TRANSPORTS["tim"], n, mixture, rng)
+        t, r, same = sample_times(TRANSPORTS["tim"], n, rng, **shares)
         assert same == math.floor(n * share + 1e-9)
         equal.append((t == r).sum().item())
         lowest.append(((r == 0) & (t > 0)).sum().item())
     assert min(equal) >= same and max(equal) <= math.ceil(n * share)
     assert sum(equal) / (n * repeats) == pytest.approx(share, abs=0.03)
-    assert sum(lowest) / (n * repeats) == pytest.approx(mixture.share_consistency, abs=0.02)
+    assert sum(lowest) / (n * repeats) == pytest.approx(0.1 * (1 - share), abs=0.02)
 
 
 def test_which_of_two_draws_a_sample_with_r_equal_t_takes():
     transport, count, found = TRANSPORTS["otfm"], 10000, {}
     for which in ("later", "one", "earlier"):
-        found[which] = sample_times(transport, 20000, TimeMixture(diffusion_at=which), seeded(4))[:2]
+        found[which] = sample_times(transport, 20000, seeded(4), diffusion_at=which)[:2]
         for part, as_before in zip(found[which], found["later"]):  # the others stay what they were
             assert torch.equal(part[count:], as_before[count:])
     later, one, earlier = (t[:count] for t, _ in found.values())
