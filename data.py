@@ -53,28 +53,27 @@ PICTURES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", 
 PICTURES |= {".tiff", ".ppm", ".pgm", ".jp2", ".tga"}
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of trainA, X_train_HR, VAL2017
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-AUTOENCODERS = {  # name: path on the model hub, scale of its latents
-    "sd-vae": ("stabilityai/sd-vae-ft-ema", 0.18215),
-    "dc-ae": ("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", 0.41407),
+AUTOENCODERS = {  # name: path on the model hub; scale, channels of its latents; pixels a position
+    "sd-vae": ("stabilityai/sd-vae-ft-ema", 0.18215, 4, 8),
+    "dc-ae": ("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", 0.41407, 32, 32),
 }
-BY_CHANNELS = {4: ("sd-vae", 8), 32: ("dc-ae", 32)}  # and pixels per latent position and side
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its channels
 CHUNK = 1024  # rows of a prepared set that are filled, or filled again, at once
 TILED = 1024**2  # pixels of a picture above which it is decoded in tiles
 GEMMA = "google/gemma-3-1b-it"  # the text encoder of the released weights
 HASHES = {"encoder": "word_hashes", "length": 64, "width": 128}  # the one that needs no download
-TABLE = 4096  # captions of at most this many pictures are encoded once and kept on the device
+TABLE = 4096  # at most this many captions of a set are encoded once and kept on the device
 
 
 # --- Errors, arguments, randomness ----------------------------------------------------------------
 
+# What a user can put right is a UserError: `require` raises one where a condition fails, `explain`
+# makes one of an error of a library, `first_rank` raises on all ranks what rank 0 met. `command`
+# prints it. A ValueError of one picture of many is caught by `attempt`, and the picture left out.
+
 
 class UserError(Exception):
     """Something the user can put right. The message names the value, the rule and the way out."""
-
-
-class SaidByFirst(UserError):
-    """The same error on another rank than the first, which prints it."""
 
 
 def require(condition, message: str) -> None:
@@ -95,15 +94,18 @@ def explain(kind, message: str):
 
 def command(main) -> None:
     """Run a command. A UserError, or a file that cannot be read or written, is one line on stderr
-    and exit status 2; Ctrl-C is status 130. Names that a terminal cannot show are escaped."""
+    and exit status 2; Ctrl-C is status 130. Names that a terminal cannot show are escaped.
+
+    Of an error that all ranks meet, rank 0 speaks at once, and torchrun ends the others before they do.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except SaidByFirst:
-        sys.exit(2)
     except (UserError, OSError) as error:
+        if ranks()[0]:
+            time.sleep(10 if int(os.environ.get("LOCAL_RANK", 0)) else 5)
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -157,8 +159,8 @@ def add_flags(parser, record, groups=None) -> None:
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             how["help"] += f" (default {shown})"
         how["help"] = how["help"].replace("%", "%%")
-        names = ["-n", "--num"] if f.name == "num" else [f"--{f.name}"]
-        group.add_argument(*names, default=argparse.SUPPRESS, **how)
+        short = how.pop("short", ())
+        group.add_argument(*short, f"--{f.name}", default=argparse.SUPPRESS, **how)
 
 
 def seeded(*key: int, device="cpu") -> torch.Generator:
@@ -204,25 +206,18 @@ def everyone(value) -> list:
 
 
 def first_rank(action, *args):
-    """What action(*args) returns on rank 0, on every rank; the others wait. Its error is raised on
-    all of them, so that none hangs."""
-    problem = result = None
+    """What action(*args) returns on rank 0, on every rank; the others wait. Its UserError or OSError is
+    a UserError on all of them, so that none hangs; torchrun ends all after a fault of the code."""
+    said = [None, None]  # message of the error, result
     if ranks()[0] == 0:
         try:
-            result = action(*args)
-        except Exception as error:
-            problem = error
-    if problem and not isinstance(problem, (OSError, UserError)):
-        raise problem  # a fault of the code, with its traceback; torchrun ends the others
-    said = [(problem and str(problem), result)]
+            said = [None, action(*args)]
+        except (OSError, UserError) as error:
+            said = [str(error), None]
     if dist.is_initialized():
         dist.broadcast_object_list(said)
-    message, result = said[0]
-    if problem:
-        raise UserError(message) from problem
-    if message is not None:
-        raise SaidByFirst(message)
-    return result
+    require(said[0] is None, said[0])
+    return said[1]
 
 
 def say(message: str, stream=None) -> None:
@@ -249,8 +244,7 @@ def open_device(name: str = "auto") -> torch.device:
         if mps and not cuda:
             note("auto takes the CPU; --device mps is not yet measured")
     kind, _, index = name.partition(":")
-    own = os.environ.get("LOCAL_RANK", "0") if ranks()[1] > 1 else "0"
-    index = index or own
+    index = index or (os.environ.get("LOCAL_RANK", "0") if ranks()[1] > 1 else "0")
     available = kind == "cpu" or (kind == "cuda" and cuda) or (kind == "mps" and mps)
     require(available and index.isdigit(), f"--device {name}: not available; use --device cpu")
     if kind != "cuda":
@@ -275,6 +269,11 @@ def to_device(tensor: Tensor, device) -> Tensor:
     if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def spread(total: int, n: int) -> np.ndarray:
+    """n of the numbers below `total`, evenly over all of them."""
+    return np.linspace(0, total - 1, n if total else 0).round().astype(int)
 
 
 def in_threads(function, jobs, threads: int, ahead: int = 0):
@@ -311,6 +310,15 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def lies_in(path, folder) -> bool:
+    """Whether a path is a folder, or lies anywhere below it."""
+    return Path(folder).resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
 
 
 def sync(path) -> None:
@@ -357,7 +365,7 @@ def claim(file, record: dict) -> None:
 
 
 @contextmanager
-def own(folder: Path):
+def owning(folder: Path):
     """Own a folder that all ranks see, for the `with` or the life of the process, however it ends.
     UserError, on all of them, if another process owns it, or if they do not see the same one."""
     held = []
@@ -384,7 +392,7 @@ def take_lock(folder: Path):
     except (BlockingIOError, PermissionError):
         file.close()
         raise UserError(f"{folder}: another process writes there; wait for its end, or give another "
-                        "--name") from None  # fmt: skip
+                        "--name or --out") from None  # fmt: skip
     except OSError as error:
         note(f"{folder}: no locks on this file system ({error}); start no second process on it")
     return file
@@ -462,13 +470,13 @@ def list_files(root) -> list[Entry]:
 def list_pictures(root) -> tuple[list[Entry], list[Entry]]:
     """The pictures of a folder, the one listing that training and FID see; and its other files. What
     is hidden is named, if it is pictures, and left out."""
-    found, others = [], []
+    candidates, others = [], []
     is_picture = lambda e: os.path.splitext(e.name)[1].lower() in PICTURES
     is_hidden = lambda e: any(part.startswith(".") for part in e.name.split("/"))
     for entry in list_files(root):
-        (found if is_picture(entry) else others).append(entry)
-    pictures = [e for e in found if not is_hidden(e)]
-    say_unread(root, [e for e in found if is_hidden(e)])
+        (candidates if is_picture(entry) else others).append(entry)
+    pictures = [e for e in candidates if not is_hidden(e)]
+    say_unread(root, [e for e in candidates if is_hidden(e)])
     others = [e for e in others if not is_hidden(e)]
     if not pictures:
         say_unread(root, others)
@@ -553,6 +561,15 @@ def open_cropped(entry: Entry, size) -> np.ndarray:
     return crop(open_picture(io.BytesIO(entry.read())), *size)
 
 
+def find_splits(names: list[str]) -> tuple[bool, bool]:
+    """Whether folders are splits of a set, such as train and val; and whether any name has a word of
+    one, such as trainA or X_test_HR. Half of them do for splits, and of two kinds; or all do."""
+    words = [{word.lower() for word in WORD.findall(name)} & SPLITS for name in names]
+    kinds = {word[:2] for word in set().union(*words)}  # tr(aining), va(lidation), de(v), te(sting)
+    half = 2 * sum(map(bool, words)) >= len(names)
+    return (len(kinds) > 1 and half) or (len(names) > 1 and all(words)), any(words)
+
+
 def label_pictures(root, pictures: list[Entry]) -> tuple[list[str], np.ndarray]:
     """Sorted class names and each picture's label: the first folder that differs."""
     paths, depth = [p.name.split("/") for p in pictures], 0
@@ -563,14 +580,12 @@ def label_pictures(root, pictures: list[Entry]) -> tuple[list[str], np.ndarray]:
         return ["pictures"], np.zeros(len(paths), np.int64)
     require(not flat, f"{root}: {flat[:1]} lies beside the class folders; move it into one")
     classes, labels = np.unique([path[depth] for path in paths], return_inverse=True)
-    words = [{word.lower() for word in WORD.findall(name)} & SPLITS for name in classes.tolist()]
-    several = len({word[:2] for word in set().union(*words)}) > 1  # kinds of split, such as te(sting)
-    splits = (several and 2 * sum(map(bool, words)) >= len(words)) or (len(words) > 1 and all(words))
+    splits, words = find_splits(classes.tolist())
     shown = printable(", ".join(classes[:4]))
     require(not splits, f"{root}: the folders {shown} are splits of a set, not classes; give one of "
             f"them, such as {Path(root, *paths[0][:depth], classes[0])}")  # fmt: skip
     numbered = all(re.fullmatch(r"(part|shard)?\W?\d{4,}", name.lower()) for name in classes.tolist())
-    if len(classes) > 1 and (numbered or any(words)):
+    if len(classes) > 1 and (numbered or words):
         note(f"{root}: are {shown} classes? Folders of such names are often parts of one set")
     return [printable(name) for name in classes.tolist()], labels
 
@@ -741,7 +756,9 @@ class Batch(NamedTuple):
 
 @dataclass
 class DataSet:
-    """Arrays and a record. Rows count on over the arrays, one of each size."""
+    """Arrays and a record. Rows are numbered through all arrays, of which there is one a size: with
+    arrays of 3 and 2 pictures (starts 0, 3, 5), row 4 is arrays[1][1]. Where row 1 is left out, picture
+    2 of the set is row 3: rows are 0, 2, 3, 4, an index counts in them, labels are of rows."""
 
     spec: Spec
     arrays: list[np.ndarray]  # each (n, C, H, W), or (n, 2, C, H, W) of picture and mirror image
@@ -928,9 +945,9 @@ def check_fits(spec: Spec, channels=0, side=0, classes=0, autoencoder="") -> Non
     asked = {"channels": channels, "height": side, "width": side, "classes": classes,
              "autoencoder": autoencoder}  # fmt: skip
     found = *spec.shape, len(spec.classes), spec.autoencoder
-    for (name, value), own in zip(asked.items(), found):
-        require(not value or value == own, f"the data have {name} {own}, the configuration asks for "
-                f"{value}; change either")  # fmt: skip
+    for (name, value), theirs in zip(asked.items(), found):
+        require(not value or value == theirs, f"the data have {name} {theirs}, the configuration asks "
+                f"for {value}; change either")  # fmt: skip
 
 
 # --- The stream -----------------------------------------------------------------------------------
@@ -1140,7 +1157,7 @@ def open_conditions(spec: Spec, device, pad_to_length: bool, encoder: str | None
 def load_autoencoder(name: str, device="cpu", dtype=torch.float32):
     """An autoencoder, and its part of a `Spec`: latents are (z - mean) / std in network space."""
     local = os.path.abspath(name) if os.path.isdir(name) else name
-    path, scale = AUTOENCODERS.get(name, (local, 0.0))
+    path, scale, *_ = AUTOENCODERS.get(name, (local, 0.0))
     vae = load_network("diffusers", f"--autoencoder {name}", path, device, dtype)
     factor = getattr(vae, "spatial_compression_ratio", 0)
     factor = factor or 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -1174,7 +1191,8 @@ def encode_features(net, pixels: Tensor, tokens: tuple[int, int]) -> Tensor:
         mean, std = torch.tensor(IMAGENET, device=x.device).view(2, 3, 1, 1)
         x = (x - mean) / std
     out = net(x.to(net.dtype))
-    found = out["features"] if "features" in out else out.last_hidden_state
+    found = getattr(out, "features", None)  # RADIO's
+    found = out.last_hidden_state if found is None else found
     return found[:, -math.prod(tokens) :].float()
 
 
@@ -1365,7 +1383,7 @@ def fill_chunk(cfg: PrepareConfig, makers: dict, size, first: int, entries: list
     stream = in_threads(partial(attempt, open_cropped, size=size), entries, cfg.workers, ahead=2 * cfg.batch)
     for k in range(0, len(entries), cfg.batch):
         x = np.zeros((len(entries[k : k + cfg.batch]), 3, h, w), np.uint8)
-        for i, (pixels, why) in zip(range(len(x)), stream):
+        for i, (pixels, why) in zip(range(len(x)), stream):  # in this order, or it takes one too many
             if why:
                 skipped.append([first + k + i, entries[k + i].name, why])
             else:
@@ -1396,7 +1414,7 @@ def finish(cfg: PrepareConfig, found: Found, groups: dict, spec: Spec, skipped: 
     require(len(kept), f"--images {cfg.images}: none of the pictures could be opened, such as {skipped[:1]}")
     if spec.kind == "pixels":  # of pictures spread over all classes
         array = np.load(out / "x_{}x{}.npy".format(*most), mmap_mode="r")
-        some = array[kept[np.linspace(0, len(kept) - 1, min(256, len(kept))).astype(int)]]
+        some = array[kept[spread(len(kept), min(256, len(kept)))]]
         spec = replace(spec, mean=float(some.mean()), std=float(some.std()) or 1.0)
     np.save(out / "labels.npy", np.concatenate(list(labels.values())))
     if found.captions:
@@ -1425,29 +1443,32 @@ def prepare(cfg: PrepareConfig, found: Found | None = None) -> None:
     """Pictures to a set. Ranks fill every world_size-th chunk; where it was stopped, it goes on."""
     (rank, world_size), out = ranks(), Path(cfg.out)
     require(Path(cfg.images).is_dir(), f"--images {cfg.images}: no such folder")
-    inside = Path(cfg.images).resolve() in (out.resolve(), *out.resolve().parents)
-    require(not inside, f"--out {out}: lies in --images {cfg.images}; give a folder outside of it")
+    require(not lies_in(out, cfg.images), f"--out {out}: lies in --images {cfg.images}; give a folder outside of it")
     require(cfg.native or len(cfg.size) <= 1, f"--size {cfg.size}: several need --native")
     require(cfg.autoencoder or not cfg.pixels, "--pixels: without --autoencoder the set is of pixels")
     require(max(cfg.size, default=0) <= 2**14, f"--size {cfg.size}: at most {2**14} pixels a side")
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     size = cfg.size or ((256,) if cfg.autoencoder else (64,))
     cfg = replace(cfg, size=size, workers=cfg.workers or max(1, cores))
-    makers, vae, factor, channels = {"x": lambda x: x}, {}, 1, 3
+    as_it_is = lambda pixels: pixels
+    makers, vae, factor, channels = {"x": as_it_is}, {}, 1, 3
     if cfg.autoencoder:
         device = open_device(cfg.device)
         net, vae = load_autoencoder(cfg.autoencoder, device, pick_dtype(device, cfg.precision))
-        makers = {"x": partial(encode_pictures, net, cfg.means)} | ({"pixels": lambda x: x} if cfg.pixels else {})
+        makers = {"x": partial(encode_pictures, net, cfg.means)}
+        if cfg.pixels:
+            makers["pixels"] = as_it_is
         factor, channels = vae["factor"], net.config["latent_channels"]
     multiple = factor * cfg.patch
-    require(all(side % multiple == 0 for side in size), f"--size {cfg.size}: must be a multiple of {multiple}, "
-            "the autoencoder's pixels per position times --patch")  # fmt: skip
+    whole = all(side % multiple == 0 for side in size)
+    require(whole, f"--size {cfg.size}: must be a multiple of {multiple}, the autoencoder's pixels per "
+            "position times --patch")  # fmt: skip
 
     found = found or first_rank(find_pictures, cfg.images)
     groups, skipped = first_rank(sort_by_size, cfg, multiple, found.pictures)
     free = {"images", "out", "batch", "workers", "device", "autoencoder"}
     plan = {k: v for k, v in asdict(cfg).items() if k not in free} | vae | {"listing": found.digest()}
-    first_rank(out.mkdir, 0o777, True, True)
+    first_rank(make_folder, out)
     first_rank(claim, out / "plan.json", plan)
     if first_rank((out / "meta.json").is_file):
         say(f"{out}: complete already")
@@ -1456,8 +1477,8 @@ def prepare(cfg: PrepareConfig, found: Found | None = None) -> None:
     shape = channels, max(cfg.size) // factor, max(cfg.size) // factor
     kind, classes = "latents" if vae else "pixels", tuple(found.classes)
     spec = Spec(kind, shape, classes=classes, buckets=tuple(sizes), **vae)
-    with own(out), explain(OSError, f"{out}: not written; free the disk and run the same again"):
-        first_rank((out / "done").mkdir, 0o777, True, True)
+    with owning(out), explain(OSError, f"{out}: not written; free the disk and run the same again"):
+        first_rank(make_folder, out / "done")
         first_rank(make_arrays, out, groups, makers)
         chunks = [(size, k) for size in groups for k in range(0, len(groups[size]), CHUNK)]
         for k in tqdm(range(rank, len(chunks), world_size), "prepare", disable=True if rank else None):
@@ -1480,8 +1501,7 @@ def prepare_folder(root: Path, side: int) -> Path:
         times = [os.stat(p.file).st_mtime_ns for p in found.pictures]
         return PREPARED / f"{printable(root.resolve().stem)}-{found.digest(times, side)}"
 
-    inside = root.resolve() in (PREPARED / "x").resolve().parents
-    first_rank(require, not inside, f"--data {root}: holds the working directory, where it would be "
+    first_rank(require, not lies_in(PREPARED, root), f"--data {root}: holds the working directory, where it would be "
                "prepared; start from another one")  # fmt: skip
     out = first_rank(name)
     if not first_rank((out / "meta.json").is_file):

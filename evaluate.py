@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 import data
 import sample
@@ -67,7 +68,8 @@ class FidConfig:
         INTEGER)
     images: str = flag("", "score this folder or .npz of pictures instead of a network")
     checkpoint: tuple = flag((), "default: the newest run", Path, nargs="+")
-    num: int | None = flag(None, "pictures (default: 50000, or all of --images)", INTEGER)
+    num: int | None = flag(None, "pictures (default: 50000, or all of --images)", INTEGER,
+        short=["-n"])
     steps: tuple = flag((1, 2, 4, 8, 16, 32, 64, 128), "numbers of steps", INTEGER, nargs="+")
     guidance: tuple | None = flag(None, "default: the checkpoint's", data.finite, nargs="+")
     interval: tuple | None = flag(None, "guide at these fractions of the times (default: the checkpoint's)",
@@ -88,42 +90,47 @@ class FidConfig:
 class Pictures(torch.utils.data.Dataset):
     """Pictures as uint8 RGB (3, H, W), opened and cropped as training does.
 
-    items  what read(item) makes an array (3, H, W) or (H, W, 1 or 3) of
+    items  what read(item) makes an RGB picture of; side: cropped to it, or None: whole
     key    stands for the content; labels: class numbers, where known
     """
 
-    def __init__(self, name: str, items: list, read, key: str, classes=(), labels=None):
+    def __init__(self, name: str, items: list, read, key: str, side=None, classes=(), labels=None):
         self.name, self.items, self.read, self.key = name, items, read, key
-        self.classes, self.labels = tuple(classes), labels
+        self.side, self.classes, self.labels = side, tuple(classes), labels
 
     def part(self, indices) -> "Pictures":
         indices = [int(i) for i in indices]
         key = f"{self.key}_{data.digest(indices)}"
         labels = None if self.labels is None else self.labels[indices]
         items = [self.items[i] for i in indices]
-        return Pictures(self.name, items, self.read, key, self.classes, labels)
+        return Pictures(self.name, items, self.read, key, self.side, self.classes, labels)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.read(self.items[i])))
+        picture = self.read(self.items[i])
+        if self.side:
+            return torch.from_numpy(data.crop(picture, self.side))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def __getitems__(self, batch: list[int]) -> list[torch.Tensor]:
         return list(data.in_threads(self.__getitem__, batch, 4))
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the first."""
+        return tuple(self[0].shape[1:])
 
-def read_entry(entry: data.Entry, side: int | None) -> np.ndarray:
-    """(3, H, W) of a file, as `data.prepare` crops it to `side`, or whole."""
+
+def read_entry(entry: data.Entry) -> Image.Image:
     with explain(ValueError, f"{entry.file}: {entry.name} is not a whole picture; remove it"):
-        picture = data.open_picture(io.BytesIO(entry.read()))
-    return data.crop(picture, side) if side else np.asarray(picture).transpose(2, 0, 1)
+        return data.open_picture(io.BytesIO(entry.read()))
 
 
-def read_array(pixels: np.ndarray, side: int | None) -> np.ndarray:
-    """(3, H, W) of an array (1 or 3, H, W), cropped in the same way."""
-    picture = data.to_image(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("RGB")
-    return data.crop(picture, side) if side else np.asarray(picture).transpose(2, 0, 1)
+def read_array(pixels: np.ndarray) -> Image.Image:
+    """(H, W, 1 or 3)."""
+    return data.to_image(np.ascontiguousarray(pixels)).convert("RGB")
 
 
 def open_pictures(name: str, side: int | None) -> Pictures:
@@ -136,11 +143,11 @@ def open_pictures(name: str, side: int | None) -> Pictures:
 
         def read(row):
             k = int(np.searchsorted(starts, row, side="right")) - 1
-            return read_array(arrays[k][row - starts[k]], side)
+            return read_array(arrays[k][row - starts[k]].transpose(1, 2, 0))
 
         key = f"{Path(name).name}_{source.fingerprint}_{side}"
         labels = None if source.captions is not None else source.labels[source.rows]
-        return Pictures(name, source.rows.tolist(), read, key, source.spec.classes, labels)
+        return Pictures(name, source.rows.tolist(), read, key, side, source.spec.classes, labels)
     require(Path(name).is_dir(), f"{name}: no such folder; give one of pictures, or one of {', '.join(data.SETS)}")
     entries, others = data.list_pictures(name)
     data.say_unread(name, others)
@@ -151,7 +158,7 @@ def open_pictures(name: str, side: int | None) -> Pictures:
         classes, labels = data.label_pictures(name, entries)
     except UserError:  # a folder that could not be trained on can still be scored
         classes, labels = (), None
-    return Pictures(name, entries, partial(read_entry, side=side), key, classes, labels)
+    return Pictures(name, entries, read_entry, key, side, classes, labels)
 
 
 def open_npz(path: Path, side: int | None) -> tuple[Pictures, dict]:
@@ -168,9 +175,22 @@ def open_npz(path: Path, side: int | None) -> tuple[Pictures, dict]:
     found = {k: f"{v.dtype} {v.shape}" for k, v in arrays.items()}
     require(fits and (statistics or len(images)), f"{path}: expected arr_0 as uint8 (n, H, W, 3), or mu "
             f"and sigma, or both; found {found}")  # fmt: skip
-    read = lambda i: read_array(images[i].transpose(2, 0, 1), side)
+    read = lambda i: read_array(images[i])
     key = f"{path.stem}_{data.digest(raw)}_{side}"
-    return Pictures(str(path), list(range(len(images))), read, key), statistics
+    return Pictures(str(path), list(range(len(images))), read, key, side), statistics
+
+
+def open_reference(cfg: FidConfig) -> tuple[Pictures, dict]:
+    """The real pictures, and the mu and sigma of an .npz; either may be missing."""
+    if cfg.reference.endswith(".npz"):
+        return open_npz(Path(cfg.reference), cfg.side)
+    return open_pictures(cfg.reference, cfg.side), {}
+
+
+def check_size(name, size: tuple[int, int], real: Pictures) -> None:
+    if len(real):
+        require(size == real.size, f"{name} has pictures of {size}, {real.name} of {real.size} (height, "
+                "width); --side crops those of folders and sets")  # fmt: skip
 
 
 def split_reference(cfg: FidConfig, real: Pictures, n: int) -> tuple[Pictures, Pictures]:
@@ -180,14 +200,13 @@ def split_reference(cfg: FidConfig, real: Pictures, n: int) -> tuple[Pictures, P
             "least 2 of them")  # fmt: skip
     require(n <= num, f"--num {n}: the reference {real.name} holds {len(real)} pictures, of which {num} "
             "are used")  # fmt: skip
-    used = np.linspace(0, len(real) - 1, num).round().astype(int)
+    used = data.spread(len(real), num)
     rest = np.setdiff1d(np.arange(len(real)), used)
     if len(rest) < n:
         data.note(f"no floor: {n} real pictures beside the reference are needed, {len(rest)} are left; "
                   "see --reference_num")  # fmt: skip
         rest = rest[:0]
-    order = np.linspace(0, len(rest) - 1, n if len(rest) else 0).round().astype(int)
-    return real.part(used), real.part(rest[order])
+    return real.part(used), real.part(rest[data.spread(len(rest), n)])
 
 
 # --- fid: scores ----------------------------------------------------------------------------------
@@ -223,9 +242,6 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
 
     metrics = {"fid": True}
     if len(real):
-        size, known = (tuple(p[0].shape[1:]) for p in (pictures, real))
-        require(size == known, f"{pictures.name} holds pictures of {size}, {real.name} of {known} "
-                "(height, width); give --side, or a --reference of that size")  # fmt: skip
         fewest = min(len(pictures), len(real))
         metrics |= {"kid": True, "prc": True, "isc": True}
         metrics["kid_subset_size"] = 1000 if fewest >= 1000 else fewest // 2  # all: no deviation
@@ -244,13 +260,13 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
 
 
 class Table:
-    """Opens the reference, prints the floor (n of its other pictures against it), then a row each.
+    """Prints the floor (n other pictures of the reference against it), then a row each.
 
     mu and sigma of an .npz go to where torch-fidelity keeps the statistics of these pictures in its
     cache; there may be no pictures beside them, and then FID is the only score.
     """
 
-    def __init__(self, cfg: FidConfig, n: int, device: torch.device, size: tuple[int, int]):
+    def __init__(self, cfg: FidConfig, real: Pictures, statistics: dict, n: int, device: torch.device):
         weights = "default"
         if cfg.inception:  # torch-fidelity would run code that is in it; `read_tensors` does not
             weights = sample.read_tensors(Path(cfg.inception), "cpu")[2]
@@ -261,25 +277,17 @@ class Table:
             "cache_root": str(features), "cuda": device.type == "cuda", "save_cpu_ram": True,
             "verbose": sys.stderr.isatty(),
         }  # fmt: skip
-        statistics = {}
-        if cfg.reference.endswith(".npz"):
-            self.real, statistics = open_npz(Path(cfg.reference), cfg.side)
-        else:
-            self.real = open_pictures(cfg.reference, cfg.side)
         floor, others = dict.fromkeys(SCORES), ()
         if statistics:
-            torch.save(statistics, features / f"{self.real.key}-{EXTRACTOR}-stat-fid-{FEATURES}.pt")
+            torch.save(statistics, features / f"{real.key}-{EXTRACTOR}-stat-fid-{FEATURES}.pt")
         else:
-            self.real, others = split_reference(cfg, self.real, n)
-        if len(self.real):
-            known = tuple(self.real[0].shape[1:])
-            require(size == known, f"{self.real.name} has pictures of {known}, not {size} as what is "
-                    "compared (height, width); --side crops those of folders and sets")  # fmt: skip
+            real, others = split_reference(cfg, real, n)
+        self.real = real
         if len(others):
-            floor = score(others, self.real, self.options | {"input1_cache_name": others.key})
+            floor = score(others, real, self.options | {"input1_cache_name": others.key})
         print(f"{n} pictures a row against {cfg.reference}; other numbers do not compare")
         print_row({"row": f"real, n = {len(others)}", "steps": None, "NFE": None} | floor, heads=True)
-        self.record = {"n": n, "reference": cfg.reference, "reference_n": len(self.real)}
+        self.record = {"n": n, "reference": cfg.reference, "reference_n": len(real)}
         self.record |= {"side": cfg.side, "inception": features.name, "floor": floor | {"n": len(others)}}
 
     def add(self, row: dict, pictures: Pictures, file: Path, about: dict) -> float:
@@ -305,8 +313,9 @@ def fid(cfg: FidConfig) -> None:
         require(10 <= n <= known, f"--num {n}: {cfg.images} holds {known}; at least 10")
         folder = Path(cfg.images) if Path(cfg.images).is_dir() else cfg.cache
         row = {"row": Path(cfg.images).name, "steps": None, "NFE": None}
-        pictures = pictures.part(np.linspace(0, known - 1, n).round().astype(int))
-        table = Table(cfg, n, device, tuple(pictures[0].shape[1:]))
+        pictures, (real, statistics) = pictures.part(data.spread(known, n)), open_reference(cfg)
+        check_size(cfg.images, pictures.size, real)
+        table = Table(cfg, real, statistics, n, device)
         table.add(row, pictures, folder / "eval.jsonl", {"images": cfg.images})
 
 
@@ -317,7 +326,7 @@ def class_shares(real: Pictures | None, classes: tuple[str, ...], n: int) -> tup
     counts = np.bincount(real.labels, minlength=len(classes)) if known else np.ones(len(classes))
     if (counts == counts[0]).all():
         return [i % len(classes) for i in range(n)], "even"
-    labels = np.sort(real.labels)[np.linspace(0, len(real.labels) - 1, n).round().astype(int)]
+    labels = np.sort(real.labels)[data.spread(len(real.labels), n)]
     return np.random.default_rng(0).permutation(labels).tolist(), "as the reference"
 
 
@@ -325,10 +334,13 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
     """All ranks draw, the first scores."""
     n = cfg.num or 50_000
     require(n >= 10, f"--num {n}: at least 10 pictures")
-    paths, curves, table = cfg.checkpoint or [sample.newest()], {}, None
+    paths, curves = cfg.checkpoint or [sample.newest()], {}
     for path in paths:
         sample.checkpoint_file(path)  # is it there?
     require(not cfg.plot or cfg.plot.suffix == ".png", f"--plot {cfg.plot}: name a .png file")
+    first, real, table = data.ranks()[0] == 0, None, None
+    if first:  # before the ranks are connected, as opening a set is a matter of all of them
+        real, statistics = open_reference(cfg)
     data.connect(torch.device("cpu"))
     for path, guidance in itertools.product(paths, cfg.guidance or [None]):
         sampler = sample.open_sampler(
@@ -337,11 +349,11 @@ def score_networks(cfg: FidConfig, device: torch.device) -> None:
         )  # fmt: skip
         require(not sampler.spec.text, f"{path} was trained on text; draw with sample.py --prompts_file "
                 "FILE -n N, then fid --images")  # fmt: skip
-        if data.ranks()[0] == 0 and not table:  # once it is known that there is something to score
-            size = tuple(side * sampler.decode.factor for side in sampler.spec.shape[1:])
-            table = Table(cfg, n, device, size)
+        if first:
+            check_size(path, tuple(k * sampler.decode.factor for k in sampler.spec.shape[1:]), real)
+            table = table or Table(cfg, real, statistics, n, device)
         name, classes = f"{path}, guidance {sampler.options['guidance']:g}", sampler.spec.classes
-        conditions, shares = data.first_rank(lambda: class_shares(table.real, classes, n))
+        conditions, shares = data.first_rank(class_shares, table and table.real, classes, n)
         for steps in cfg.steps:
             pictures, evaluations = draw(sampler, cfg, conditions, steps, results_folder(path))
             if table:
@@ -362,7 +374,7 @@ def draw(sampler, cfg: FidConfig, conditions: list[int], steps: int, results: Pa
     returns  the pictures, and the evaluations of the network for one of them, counted
     """
     trace = []
-    sampler.latents([0], [0], steps, cfg.seed, trace)
+    sampler.latents([0], [0], steps, cfg.seed, trace)  # one picture, only to count
     name = f"guidance{sampler.options['guidance']:g}_steps{steps}"
     key = data.digest(sampler.record, steps, cfg.seed, conditions)
     jobs = sample.numbered(len(conditions), conditions)
@@ -370,13 +382,13 @@ def draw(sampler, cfg: FidConfig, conditions: list[int], steps: int, results: Pa
     sample.write_pictures(sampler, jobs, steps, cfg.seed, cfg.batch, folder)
     data.everyone(None)  # waits for all
     entries = [data.Entry(file, str(folder / file)) for file, *_ in jobs]
-    pictures = Pictures(str(folder), entries, partial(read_entry, side=None), key)
+    pictures = Pictures(str(folder), entries, read_entry, key)
     return pictures, sum(evaluations for *_, evaluations in trace)
 
 
 # --- consistency ----------------------------------------------------------------------------------
 
-LENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # bins of t - r, as fractions of the transport's range
+LENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # bins of t - r, see `Transport.fraction`
 
 
 def jump_errors(f, transport, x, eps, t, s, r, y) -> dict:
@@ -387,7 +399,7 @@ def jump_errors(f, transport, x, eps, t, s, r, y) -> dict:
             data's noise: (x, eps) solved from f(x_t, t, t). 0 for a perfect network
     target  mean square of f - target as in training: a perfect network keeps the data's variance
     """
-    size = lambda v: v.flatten(1).norm(dim=1).clamp(min=1e-12)
+    norm = lambda v: v.flatten(1).norm(dim=1).clamp(min=1e-12)
     x_t = transition.interpolate(transport, x, eps, t)
     f_r = f(x_t, t, r, y)
     x_r = transition.step(transport, x_t, f_r, t, r)
@@ -397,7 +409,7 @@ def jump_errors(f, transport, x, eps, t, s, r, y) -> dict:
     for pair in (transition.solve(transport, x_t, f(x_t, t, t, y), t), (x, eps)):
         df_dt = transition.exact_derivative(f, transport, *pair, t, r, y)
         gaps.append(f_r - transition.transition_target(transport, *pair, t, r, df_dt))
-    jump, own = size(x_r - x_s_r) / size(x_r - x_t), size(gaps[0]) / size(f_r)
+    jump, own = norm(x_r - x_s_r) / norm(x_r - x_t), norm(gaps[0]) / norm(f_r)
     return {"jump": jump, "own": own, "target": gaps[1].square().flatten(1).mean(1)}
 
 
@@ -415,7 +427,7 @@ def consistency(checkpoint, data_name, num: int, seed: int, batch: int, device: 
     require(wanted, f"--data {name} has no captions, which {path} was trained on")
     conditions = data.open_conditions(spec, device, not model.caption_mask)
     f, bucket = transition.network_f(model, transport, model.predict), max(source.buckets, key=len)
-    low, span, rows = transport.t_min, transport.t_max - transport.t_min, []
+    rows = []
     for least, most in itertools.pairwise(LENGTHS):
         parts = []
         for start in range(0, num, batch):
@@ -424,10 +436,9 @@ def consistency(checkpoint, data_name, num: int, seed: int, batch: int, device: 
             x = data.network_space(some.x.to(device), spec, data.seeded(seed, start, 3, device=device))
             eps = sample.initial_noise(x.shape[1:], seed, range(start, start + n), device)
             u = torch.from_numpy(rng.random((3, n)))
-            length = span * (least + (most - least) * u[0])
-            t = low + length + (span - length) * u[1]
-            times = torch.stack([t, t - length * u[2], t - length]).float()
-            times = times.clamp(low, transport.t_max).to(device)
+            length = least + (most - least) * u[0]
+            t = length + (1 - length) * u[1]
+            times = transport.at(torch.stack([t, t - length * u[2], t - length])).float().to(device)
             y, _ = conditions(some.y)
             y = (y, torch.ones(n, device=device)) if model.guide_range else y
             parts.append(jump_errors(f, transport, x, eps, *times, y))
@@ -456,7 +467,7 @@ def clip(images: Path, num: int | None, model: str, batch: int, device: str) -> 
     scores = []
     for start in range(0, len(pairs), batch):
         names, captions = zip(*pairs[start : start + batch])
-        pixels = [read_entry(data.Entry(name, str(images / name)), None) for name in names]
+        pixels = [read_entry(data.Entry(name, str(images / name))) for name in names]
         options = {"return_tensors": "pt", "padding": True, "truncation": True}
         out = net(**processor(text=list(captions), images=pixels, **options).to(device))
         cosine = torch.cosine_similarity(out.image_embeds, out.text_embeds)

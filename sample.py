@@ -32,7 +32,8 @@ import data
 from data import Spec, UserError, explain, require
 from model import TiM, lower_precision
 from transition import (
-    TRANSPORTS, Transport, cat, network_f, resolution_shift, shift_times, solve, step_coefficients
+    SIGMA_FLOOR, TRANSPORTS, Transport, cat, network_f, resolution_shift, shift_times, solve,
+    step_coefficients,
 )  # fmt: skip
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -109,9 +110,10 @@ def read_tensors(file: Path, device) -> tuple[dict, dict | None, str]:
         with file.open("rb") as stream:
             stored = torch.load(stream, map_location="cpu", weights_only=True)  # runs no code
     tables = stored if isinstance(stored, dict) else {}
-    require(tables and all(isinstance(v, Tensor) for v in tables.values()), f"{file}: holds no table "
-            f"of tensors, but {list(tables)[:5] or type(stored).__name__}; save the weights alone, such "
-            "as torch.save(x['ema'], FILE)")  # fmt: skip
+    plain = all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tables.items())
+    require(tables and plain, f"{file}: holds no table of tensors by name, but "
+            f"{list(tables)[:5] or type(stored).__name__}; save the weights alone, such as "
+            "torch.save(x['ema'], FILE)")  # fmt: skip
     while stored:
         keep(*stored.popitem())
     return state, config, sha.hexdigest()[:16]
@@ -123,8 +125,8 @@ def recognise(state: dict[str, Tensor], file) -> dict:
     Not in the file: the latents' side, 32 for 4 channels (256 px) and 16 for 32 (512 px), and the
     authors' guidance and interval (without its ends). KeyError if a tensor is missing.
     """
-    known = "x_embedder.proj.weight" in state
-    require(known, f"{file}: no TiM network, it has no x_embedder.proj.weight; give another file")
+    ours = "x_embedder.proj.weight" in state
+    require(ours, f"{file}: no TiM network, it has no x_embedder.proj.weight; give another file")
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     model = {
         "channels": channels, "patch": patch, "width": width,
@@ -143,10 +145,11 @@ def recognise(state: dict[str, Tensor], file) -> dict:
     else:
         model["classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
         classes = tuple(str(i) for i in range(model["classes"]))
-    name, factor = data.BY_CHANNELS.get(channels, ("", 1))
+    known = {n: (name, scale, factor) for name, (_, scale, n, factor) in data.AUTOENCODERS.items()}
+    name, scale, factor = known.get(channels, ("", 1.0, 1))
     spec = Spec(
-        "latents", (channels, side, side), classes=classes, text=text, autoencoder=name,
-        std=1 / data.AUTOENCODERS.get(name, ("", 1.0))[1], factor=factor,
+        "latents", (channels, side, side), std=1 / scale, classes=classes, autoencoder=name,
+        factor=factor, text=text,
     )  # fmt: skip
     train = {"transport": "otfm", "drop": 0.1, "guidance": guidance, "interval": (0.0, high),
              "strict_interval": True}  # fmt: skip
@@ -169,13 +172,23 @@ def initial_noise(shape, seed: int, indices, device="cpu", *step: int) -> Tensor
     return torch.stack(noise).to(device)
 
 
-def sampling_times(transport: Transport, steps, shift=1.0) -> Tensor:
-    """Falling times, float64 on the CPU: a number of steps as the transport spaces them, shifted;
-    or the list `steps` itself. UserError if they do not fall from t_max, within the range."""
+def sampling_times(transport: Transport, steps, shift=1.0, floor=0.0) -> Tensor:
+    """Falling times, float64 on the CPU: a number of steps as the transport spaces them, shifted, or
+    the list `steps` itself. UserError if they do not fall from t_max, within the range.
+
+    floor  no step but the last ends where sigma(t) is smaller. There `output_from_x` scales the noise
+           down, so that each step would leave some of it: 128 steps were worse than 32
+    """
     low, high = transport.t_min, transport.t_max
     if isinstance(steps, (int, np.integer)):
         require(steps >= 1, f"--steps {steps}: a sample takes at least 1 step")
         times = shift_times(transport, transport.times(int(steps)), shift)
+        for n in range(int(steps), 4 * int(steps)):  # so many that what is left is as many as asked for
+            finer = shift_times(transport, transport.times(n), shift)
+            kept = finer[(transport.sigma(finer) >= floor) | (finer == finer[-1])]
+            if len(kept) > steps:
+                times = kept
+                break
         times[0] = high  # which a shift below 1/2 rounds
     else:
         times = torch.as_tensor(steps, dtype=torch.float64)
@@ -208,7 +221,9 @@ def generate(
     trace       gets (t, r, network evaluations per picture) of each step: NFE is counted
     returns     (B, C, H, W), x at the last time. UserError for what does not fit transport or model
     """
-    times, f_of = sampling_times(transport, steps, shift), network_f(model, transport, model.predict)
+    floor = SIGMA_FLOOR if model.predict == "x" else 0.0
+    times = sampling_times(transport, steps, shift, floor)
+    f_of = network_f(model, transport, model.predict)
     check_stochastic(transport, stochastic)
     check_guidance(model.guide_range, guidance, interval)
     if null is None and guidance != 1 and not model.guide_range:
@@ -217,24 +232,25 @@ def generate(
     low, high = (round(end, 9) for end in interval)
     x = z * float(transport.sigma(times[0]))
 
-    def evaluations(t) -> int:
-        """Of the network for one picture at t: 2 where it is guided by a second pass."""
-        return 2 if is_guided(t) and not model.guide_range else 1
-
-    def is_guided(t) -> bool:
+    def guided_at(t) -> bool:
         place = round(float(transport.fraction(t)), 9)
         inside = low < place < high if strict else low <= place <= high
         return guidance != 1 and inside
 
+    def evaluations(t) -> int:
+        """Of the network for one picture at t: 2 where it is guided by a second pass."""
+        return 2 if guided_at(t) and not model.guide_range else 1
+
     def field(x, t, r):
-        """The guided f(x_t, t, r, y), in the type of x. t, r: 0-d float64 on the CPU."""
+        """The guided f(x_t, t, r, y), in the type of x. t, r: 0-d float64 on the CPU, for exact steps;
+        the network sees float32, as in training."""
         n = evaluations(t) * len(x)
         t_seen = t.float().to(x.device).expand(n)
         r_seen = t_seen if diffusion_only else r.float().to(x.device).expand(n)
         if model.guide_range:
-            shown = torch.full((n,), guidance if is_guided(t) else 1.0, device=x.device)
+            shown = torch.full((n,), guidance if guided_at(t) else 1.0, device=x.device)
             return f_of(x, t_seen, r_seen, (y, shown)).to(x.dtype)
-        if not is_guided(t):
+        if not guided_at(t):
             return f_of(x, t_seen, r_seen, y).to(x.dtype)
         f_cond, f_null = f_of(cat(x, x), t_seen, r_seen, cat(y, null)).to(x.dtype).chunk(2)
         return f_null + guidance * (f_cond - f_null)
@@ -277,10 +293,12 @@ def sampling_options(config: dict, **given) -> dict:
     raises  UserError for guidance of a network that knows no missing condition, and for bad values
     """
     train = config["train"]
-    second = train.get("guidance_low", 0.0), train.get("guidance_high", 1.0)  # edition
+    # the second edition's names of the interval's ends, and of leaving them out
+    interval = train.get("guidance_low", 0.0), train.get("guidance_high", 1.0)
+    strict = train.get("guidance_strict", False)
     options = {
-        "guidance": train["guidance"], "interval": train.get("interval", second),
-        "strict": train.get("strict_interval", train.get("guidance_strict", False)),
+        "guidance": train["guidance"], "interval": train.get("interval", interval),
+        "strict": train.get("strict_interval", strict),
         "stochastic": 0.0, "diffusion_only": train.get("share_diffusion") == 1,
     }  # fmt: skip
     options |= {name: value for name, value in given.items() if value is not None}
@@ -289,7 +307,8 @@ def sampling_options(config: dict, **given) -> dict:
     check_guidance(config["model"].get("guide_range"), guidance, options["interval"])
     require(guidance == 1 or train["drop"], f"--guidance {guidance:g}: the checkpoint was trained "
             "with --drop 0 and knows no missing condition; use 1")  # fmt: skip
-    require(transport.shifts or options.get("shift", 1) == 1, f"--shift: needs times in [0, 1], the network was trained on {transport.name!r}")
+    fits = transport.on_unit_interval or options.get("shift", 1) == 1
+    require(fits, f"--shift: needs times in [0, 1], the network was trained on {transport.name!r}")
     check_stochastic(transport, options["stochastic"])
     return options
 
@@ -367,46 +386,35 @@ def open_sampler(
 # --- Pictures -------------------------------------------------------------------------------------
 
 
-def make_folder(folder: Path) -> None:
-    with explain(OSError, f"--out: {folder} cannot be made; give another"):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
 def write_pictures(sampler: Sampler, jobs: list, steps, seed: int, batch: int, folder: Path):
     """Draw jobs into a folder, shared over ranks; a file that is there is not drawn again.
 
-    jobs    (file, index of the noise, condition) of each picture; four of one file: a mosaic
+    jobs    (file, index of the noise, condition) of each picture
     folder  FOLDER.json beside it holds all that its pictures depend on, so that no settings mix
     """
     rank, world_size = data.ranks()
-    make_folder(folder)
-    ours = not any(folder.iterdir()) or Path(f"{folder}.json").is_file()  # a claim comes first
+    with explain(OSError, f"--out: {folder} cannot be made; give another"):
+        data.make_folder(folder)
+    ours = not any(folder.iterdir()) or Path(f"{folder}.json").is_file()  # written before any picture
     require(ours, f"{folder}: holds files, but there is no {folder}.json of them; give another --out")
     about = {"steps": steps, "seed": seed, "shape": list(sampler.spec.shape)}
     data.claim(Path(f"{folder}.json"), sampler.record | about)
-    files = {}
-    for file, index, condition in jobs:
-        files.setdefault(file, []).append((index, condition))
-    names, size = list(files), max(1, batch * len(files) // len(jobs))
-    parts = [names[k : k + size] for k in range(0, len(names), size)]
+    parts = [jobs[k : k + batch] for k in range(0, len(jobs), batch)]
 
-    def write(name, pictures):
-        picture = pictures[0]
-        if len(pictures) == 4:
-            picture = data.grid(pictures.reshape(2, 2, *pictures.shape[1:]), gap=0)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        data.write_picture(picture, folder / name)
+    def write(file, picture):
+        data.make_folder(file.parent)
+        data.write_picture(picture, file)
 
     with ThreadPoolExecutor(2) as pool:
         writes = ()
         for part in tqdm(parts[rank::world_size], f"{steps} steps", disable=rank > 0):
-            todo = [name for name in part if not (folder / name).exists()]
+            todo = [job for job in part if not (folder / job[0]).exists()]
             if not todo:
                 continue
-            indices, conditions = zip(*(picture for name in todo for picture in files[name]))
+            files, indices, conditions = zip(*todo)
             drawn = sampler.draw(indices, conditions, steps, seed)
             list(writes)  # raises what a thread met; at most one batch waits
-            writes = pool.map(write, todo, np.split(drawn, len(todo)))
+            writes = pool.map(write, [folder / file for file in files], drawn)
         list(writes)
 
 
@@ -447,8 +455,9 @@ def draw_grid(sampler: Sampler, conditions: list[int], steps: list[int], seed: i
     labels = [f"{n} step" + "s" * (n > 1) for n in steps]
     picture = data.grid(rows, scale=max(1, 64 // rows.shape[2]), names=names, row_names=labels)
     if data.ranks()[0] == 0:
-        make_folder(path.parent)
-        data.write_picture(picture, path)
+        with explain(OSError, f"--out {path}: cannot be written; give another"):
+            data.make_folder(path.parent)
+            data.write_picture(picture, path)
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -512,9 +521,9 @@ def read_prompts(file: Path) -> list[str]:
 
 def resized(sampler: Sampler, size: list[int]) -> Spec:
     """The spec for pictures of another size, (height, width) in pixels, than trained at."""
-    spec, step = sampler.spec, sampler.spec.factor * sampler.model.patch
-    nearest = [max(1, round(side / step)) * step for side in size]
-    require(nearest == size, f"--size {size[0]} {size[1]}: sides must be multiples of {step}; the "
+    spec, multiple = sampler.spec, sampler.spec.factor * sampler.model.patch
+    nearest = [max(1, round(side / multiple)) * multiple for side in size]
+    require(nearest == size, f"--size {size[0]} {size[1]}: sides must be multiples of {multiple}; the "
             f"nearest is {nearest[0]} {nearest[1]}")  # fmt: skip
     return replace(spec, shape=(spec.shape[0], size[0] // spec.factor, size[1] // spec.factor))
 
@@ -533,7 +542,7 @@ def main(argv=None):
     if a.size:
         sampler.spec = resized(sampler, a.size)
     if a.stochastic and min(a.steps) < 50:
-        data.say(f"note: --stochastic {a.stochastic:g} is biased at few steps (variance +11% at 4)")
+        data.note(f"--stochastic {a.stochastic:g} is biased at few steps (variance +11% at 4)")
     step, guidance = sampler.config["step"], sampler.options["guidance"]
     what = "released weights" if step is None else f"weights of step {step}"
     data.say(f"{path}: {what}, guidance {guidance:g}")
@@ -558,9 +567,11 @@ def main(argv=None):
         write_pictures(sampler, jobs, steps, a.seed, a.batch, folder)
         if sampler.spec.text and data.ranks()[0] == 0:
             write_captions(sampler, jobs, folder)
-        if npz:
-            write_npz(folder, jobs, folder.with_name(folder.name + ".npz"))
         data.say(f"{folder}: {len(jobs)} pictures at {steps} steps")
+        if npz:
+            file = folder.with_name(folder.name + ".npz")
+            write_npz(folder, jobs, file)
+            data.say(f"{file}: the same as one array")
 
 
 if __name__ == "__main__":

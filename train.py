@@ -37,7 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from data import Spec, UserError, explain, flag, require
+from data import Spec, UserError, explain, finite, flag, natural, non_negative_float, positive_float
+from data import positive_int, require, share
 from model import SIZES, TiM, lower_precision
 from sample import Sampler, check_guidance, draw_grid, load, sampling_options, save
 from transition import (
@@ -50,8 +51,6 @@ from transition import (
 
 # a checkpoint of a single process warns that torch.distributed is not in use
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
-POSITIVE, NATURAL = data.positive_int, data.natural
-FLOAT, NOT_NEGATIVE, SHARE = data.positive_float, data.non_negative_float, data.share
 
 
 @dataclass(frozen=True)
@@ -66,62 +65,64 @@ class Config:
     autoencoder: str = flag("", "latents must be of this autoencoder: sd-vae, dc-ae, a folder")
     mirror: bool | None = flag(None, "mirror pictures at random; default: where there are classes, except\n"
         "for demo, fashion and mnist")
-    channels: int = flag(0, "channels of the data; 0 = theirs", NATURAL)
-    side: int = flag(0, "height and width of the data; 0 = theirs, 64 for folders", NATURAL)
-    classes: int = flag(0, "number of classes; 0 = the data's", NATURAL)
-    caption: int = flag(0, "width of the features of captions; 0 = the encoder's", NATURAL)
+    channels: int = flag(0, "channels of the data; 0 = theirs", natural)
+    side: int = flag(0, "height and width of the data; 0 = theirs, 64 for folders", natural)
+    classes: int = flag(0, "number of classes; 0 = the data's", natural)
+    caption: int = flag(0, "width of the features of captions; 0 = the encoder's", natural)
     size: str = flag("demo", "entry of model.SIZES", choices=tuple(SIZES))
-    patch: int = flag(0, "side of a token in pixels or latents; 0 = it fits the data", NATURAL)
+    patch: int = flag(0, "side of a token in pixels or latents; 0 = it fits the data", natural)
     predict: str = flag("f", "what the output is read as: the paper's f, or x", choices=("f", "x"))
     shared_time: bool = flag(False, "ablation: one time encoder for t and t - r")
     interval_attention: bool = flag(True, "attention sees t - r")
     caption_mask: bool = flag(True, "padding of captions is hidden; the released weights see it")
     rope_layout: str = flag("grid", "token positions off squares", choices=("grid", "released"))
     transport: str = flag("tim", "entry of transition.TRANSPORTS", choices=tuple(TRANSPORTS))
-    share_diffusion: float = flag(0.5, "share of samples with r = t", SHARE)
-    share_consistency: float = flag(0.1, "share of samples with r = t_min", SHARE)
-    time_mean: float | None = flag(None, "mean of the draw of times; default the transport's", float)
-    time_std: float | None = flag(None, "deviation of that draw; default the transport's", FLOAT)
+    share_diffusion: float = flag(0.5, "share of samples with r = t", share)
+    share_consistency: float = flag(0.1, "share of samples with r = t_min", share)
+    time_mean: float | None = flag(None, "mean of the draw of times; default the transport's", finite)
+    time_std: float | None = flag(None, "deviation of that draw; default the transport's", positive_float)
     diffusion_at: str = flag("later", "of its two draws, the time of a sample with r = t",
         choices=("later", "one", "earlier"))
     shift_tokens: int = flag(0, "tokens of a picture whose times are not shifted: those of others\n"
-        "are, by s = sqrt(tokens / this); 0 = no shift", NATURAL)
+        "are, by s = sqrt(tokens / this); 0 = no shift", natural)
     derivative: str = flag("dde", "df/dt by difference or by autodiff", choices=("dde", "jvp"))
     tangent: str = flag("data", "df/dt along the path of the data's pair (x, eps), as in\n"
         "the paper, or of the pair that the network or its average sees at (t, t)",
         choices=("data", "network", "average"))
-    h: float = flag(0.0, "half width of the difference; 0 = as measured for the transport", NOT_NEGATIVE)
+    h: float = flag(0.0, "half width of the difference; 0 = as measured for the transport", non_negative_float)
     tau: str = flag("tan", "interval weighting: function of time", choices=tuple(TAUS))
     kernel: str = flag("sqrt", "interval weighting: of tau(t) - tau(r)", choices=tuple(KERNELS))
-    weight_sigma: float = flag(1.0, "interval weighting: sigma of the kernel", NOT_NEGATIVE)
+    weight_sigma: float = flag(1.0, "interval weighting: sigma of the kernel", non_negative_float)
     cosine: bool = flag(True, "add 1 - cosine over channels to the loss")
     adaptive: bool = flag(True, "divide each sample's loss by itself")
-    guide_gt: float = flag(1.0, "guidance in the target: weight of the data's own target")
-    guide_cond: float = flag(0.0, "guidance in the target: weight of the conditional prediction")
+    guide_gt: float = flag(1.0, "guidance in the target: weight of the data's own target",
+        finite)
+    guide_cond: float = flag(0.0, "guidance in the target: weight of the conditional prediction",
+        finite)
     guide_range: tuple = flag((), "guidance as a condition: drawn between LOW and HIGH, or 1, for\n"
         "each sample, in the target and shown to the network, in place of --guide_gt; without\n"
-        "numbers: none", FLOAT, nargs="*", metavar="LOW HIGH")
-    guide_low: float = flag(0.0, "guidance in the target from this fraction of the times", SHARE)
-    guide_high: float = flag(1.0, "guidance in the target up to this fraction", SHARE)
-    align: float = flag(0.0, "weight of the loss that aligns tokens with features", NOT_NEGATIVE)
-    align_depth: int = flag(8, "block that is aligned; the authors: 4 for B, 8 for XL", POSITIVE)
+        "numbers: none", positive_float, nargs="*", metavar="LOW HIGH")
+    guide_low: float = flag(0.0, "guidance in the target from this fraction of the times", share)
+    guide_high: float = flag(1.0, "guidance in the target up to this fraction", share)
+    align: float = flag(0.0, "weight of the loss that aligns tokens with features", non_negative_float)
+    align_depth: int = flag(8, "block that is aligned; the authors: 4 for B, 8 for XL", positive_int)
     align_encoder: str = flag("nvidia/C-RADIOv2-B", "image encoder of these features: a folder or hub name")
-    drop: float = flag(0.1, "share of conditions dropped", SHARE)
+    drop: float = flag(0.1, "share of conditions dropped", share)
     init: str = flag("", "start from the weights of this run folder, file or hub name")
     init_anyway: bool = flag(False, "allow --init from another transport or prediction")
-    steps: int = flag(1000, "length of training in updates", POSITIVE)
-    batch: int = flag(0, "pictures per update over all ranks; 0 = it fits the device", NATURAL)
-    accumulate: int = flag(1, "micro-batches per update and rank", POSITIVE)
-    lr: float = flag(2e-3, "AdamW's peak learning rate", FLOAT)
-    warmup: int = flag(100, "updates of linear warm-up", NATURAL)
-    decay: float = flag(0.0, "last share of the updates in which the rate falls to zero", SHARE)
-    beta2: float = flag(0.95, "AdamW's second beta, below 1", SHARE)
-    weight_decay: float = flag(0.01, "AdamW's weight decay", NOT_NEGATIVE)
-    clip: float = flag(1.0, "largest gradient norm", FLOAT)
-    ema: float = flag(0.9999, "decay of the averaged weights; (1 + n) / (10 + n) if less", SHARE)
+    steps: int = flag(1000, "length of training in updates", positive_int)
+    batch: int = flag(0, "pictures per update over all ranks; 0 = it fits the device", natural)
+    accumulate: int = flag(1, "micro-batches per update and rank", positive_int)
+    lr: float = flag(2e-3, "AdamW's peak learning rate", positive_float)
+    warmup: int = flag(100, "updates of linear warm-up", natural)
+    decay: float = flag(0.0, "last share of the updates in which the rate falls to zero", share)
+    beta2: float = flag(0.95, "AdamW's second beta, below 1", share)
+    weight_decay: float = flag(0.01, "AdamW's weight decay", non_negative_float)
+    clip: float = flag(1.0, "largest gradient norm", positive_float)
+    ema: float = flag(0.9999, "decay of the averaged weights; (1 + n) / (10 + n) if less", share)
     precision: str = flag("auto", "of attention and MLP; auto = bf16 on GPUs that have it, fp32 for\n"
         "networks up to 256 wide", choices=("auto", "fp32", "bf16"))
-    replicate: int = flag(1, "copies of the sharded network, dividing the ranks", POSITIVE)
+    replicate: int = flag(1, "copies of the sharded network, dividing the ranks", positive_int)
     checkpointing: bool = flag(False, "recompute each block's activations in the backward pass")
     compile: bool = flag(False, "compile the blocks")
     device: str = flag("auto", "auto = cuda, else cpu; or cuda, mps, cpu",
@@ -129,15 +130,15 @@ class Config:
     config: str = flag("demo", "preset")
     name: str = flag("", "folder under runs/; default the preset's name, or that of --data")
     runs: str = flag("runs", "folder of the run folders")
-    seed: int = flag(0, "of weights, data order, noise and times", NATURAL)
-    log_every: int = flag(50, "updates per log line", POSITIVE)
-    save_every: int = flag(1000, "updates per checkpoint; the end has one, too", POSITIVE)
-    keep: int = flag(2, "newest checkpoints to keep", POSITIVE)
-    keep_every: int = flag(0, "also keep checkpoints at multiples of this; 0 = none", NATURAL)
-    sample_every: int = flag(0, "updates per sample grid; 0 = eight grids in all", NATURAL)
-    guidance: float = flag(1.0, "default guidance of sampling")
+    seed: int = flag(0, "of weights, data order, noise and times", natural)
+    log_every: int = flag(50, "updates per log line", positive_int)
+    save_every: int = flag(1000, "updates per checkpoint; the end has one, too", positive_int)
+    keep: int = flag(2, "newest checkpoints to keep", positive_int)
+    keep_every: int = flag(0, "also keep checkpoints at multiples of this; 0 = none", natural)
+    sample_every: int = flag(0, "updates per sample grid; 0 = eight grids in all", natural)
+    guidance: float = flag(1.0, "default guidance of sampling", finite)
     interval: tuple = flag((0.0, 1.0), "default interval of that guidance, fractions of the times",
-        SHARE, nargs=2, metavar=("LOW", "HIGH"))
+        share, nargs=2, metavar=("LOW", "HIGH"))
     strict_interval: bool = flag(False, "by default sampling leaves out the ends of the interval")
 
 
@@ -201,7 +202,7 @@ def parse_config(argv=None) -> tuple[Config, int]:
         allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="say what it would take, and stop")
-    parser.add_argument("--world_size", type=POSITIVE, default=1, help="of --dry_run (default 1)")
+    parser.add_argument("--world_size", type=positive_int, default=1, help="of --dry_run (default 1)")
     data.add_flags(parser, preset, GROUPS)
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -218,9 +219,6 @@ def is_guided(cfg: Config) -> bool:
 def check(cfg: Config) -> Config:
     """Raise UserError for values that cannot work together, before anything is built."""
     transport = TRANSPORTS[cfg.transport]
-    for name, value in asdict(cfg).items():
-        finite = not isinstance(value, float) or math.isfinite(value)
-        require(finite, f"--{name} {value}: not a finite number")
     total = cfg.share_diffusion + cfg.share_consistency
     require(total <= 1, f"--share_diffusion plus --share_consistency is {total:g}: at most 1")
     require(cfg.drop or not is_guided(cfg), "guidance in the target needs a dropped condition: --drop 0.1")
@@ -239,7 +237,7 @@ def check(cfg: Config) -> Config:
             "--drop 0.1")  # fmt: skip
     plain = "/" not in cfg.name and not cfg.name.startswith(".")
     require(plain, f"--name {cfg.name}: one folder name, without / or a leading dot; give another --name")
-    require(transport.shifts or not cfg.shift_tokens, f"--shift_tokens {cfg.shift_tokens}: needs times in [0, 1], "
+    require(transport.on_unit_interval or not cfg.shift_tokens, f"--shift_tokens {cfg.shift_tokens}: needs times in [0, 1], "
             f"not those of {cfg.transport!r}; use 0")  # fmt: skip
     if cfg.kernel != "constant":
         with explain(ValueError, f"--tau {cfg.tau}: give another, or another --transport"):
@@ -265,20 +263,19 @@ def resolve(cfg: Config, spec: Spec, device: torch.device, world_size: int) -> C
     one_rank = 256 if device.type == "cuda" else 64 if tokens <= 16 else 32
     small = cfg.precision == "auto" and SIZES[cfg.size]["width"] <= 256
     dtype = torch.float32 if small else data.pick_dtype(device, cfg.precision)
-    known = Path(cfg.data).expanduser().resolve().name
-    own = {
+    of_data = Path(cfg.data).expanduser().resolve().name
+    h_fp32, h_bf16 = transport.h
+    filled = {
         "patch": patch, "batch": cfg.batch or one_rank * world_size * cfg.accumulate,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
-        "h": cfg.h or transport.h[dtype == torch.bfloat16],
+        "h": cfg.h or (h_bf16 if dtype == torch.bfloat16 else h_fp32),
         "sample_every": cfg.sample_every or max(1, math.ceil(cfg.steps / 8)),
-        "name": cfg.name or (cfg.config if cfg.data == PRESETS[cfg.config].data else known),
+        "name": cfg.name or (cfg.config if cfg.data == PRESETS[cfg.config].data else of_data),
     }  # fmt: skip
-    if transport.mean is None:  # its times are uniform or log-uniform and have neither
-        own |= {"time_mean": None, "time_std": None}
-    chosen = [f"--{name} {value}" for name, value in own.items() if value != getattr(cfg, name)]
+    chosen = [f"--{name} {value}" for name, value in filled.items() if value != getattr(cfg, name)]
     if chosen:
         data.say(f"chosen for {height}x{width} ({tokens} tokens) on {device.type}: {' '.join(chosen)}")
-    cfg, parts = replace(cfg, **own), world_size * cfg.accumulate
+    cfg, parts = replace(cfg, **filled), world_size * cfg.accumulate
     larger = cfg.batch // parts * parts + parts
     require(cfg.batch % parts == 0, f"--batch {cfg.batch}: must be a multiple of {world_size} ranks x "
             f"{cfg.accumulate} micro-batches; {larger} is")  # fmt: skip
@@ -307,18 +304,19 @@ def objective(f, f_ema, transport: Transport, cfg: Config, x, y, null, rng, feat
     )
     eps = torch.randn(x.shape, generator=rng, device=x.device)                       # (B, C, H, W)
     dropped = torch.rand(len(x), generator=rng, device=x.device) < cfg.drop
-    y, guidance = choose(dropped, null, y), cfg.guide_gt
+    y, w_gt = choose(dropped, null, y), cfg.guide_gt
     if cfg.guide_range:
         w = draw_guidance(cfg, len(x), rng)                                                  # (B,)
-        y, null, guidance = (y, w), (null, w), w * (1 - cfg.guide_cond)
+        y, null = (y, w), (null, w)
+        w_gt = w * (1 - cfg.guide_cond)                 # what is learned is w_gt / (1 - w_cond) = w
     x_t = interpolate(transport, x, eps, t)                                  # fixed from here on
 
     pair = x, eps                                           # whose residual is the target at r = t
-    if is_guided(cfg):
+    if is_guided(cfg):                       # not where the condition is dropped: there is no other
         place = transport.fraction(t)
         use = ~dropped & (cfg.guide_low <= place) & (place <= cfg.guide_high)
         f_cond, f_null = predictions(f_ema, cfg, x_t, t, y, null)
-        guided = guided_pair(transport, x, eps, t, f_cond, f_null, guidance, cfg.guide_cond)
+        guided = guided_pair(transport, x, eps, t, f_cond, f_null, w_gt, cfg.guide_cond)
         pair = choose(use, guided, pair)
 
     df_dt = torch.zeros_like(x)
@@ -407,10 +405,10 @@ def train_step(networks: Networks, transport, cfg: Config, spec: Spec, step: int
     seen = []
     for k, (x, y, null, features) in enumerate(parts):
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(k + 1 == len(parts))
+            model.set_requires_gradient_sync(k + 1 == len(parts))  # summed over ranks at the last
             model.set_reshard_after_backward(k + 1 == len(parts))
         slot = data.ranks()[0] * len(parts) + k
-        rng = data.seeded(cfg.seed, step, slot, 1, device=x.device)  # 1: not a key of sampling
+        rng = data.seeded(cfg.seed, step, slot, 1, device=x.device)  # 1: no key of sampling, (seed, i)
         x = data.network_space(x, spec, rng)
         loss, metrics = objective(f, f_ema, transport, cfg, x, y, null, rng, features)
         (loss / len(parts)).backward()
@@ -432,14 +430,11 @@ def learning_rate(cfg: Config, step: int) -> float:
     return cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup), fall)
 
 
-def own_shard(p: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; any other tensor as it is."""
-    return p.to_local() if isinstance(p, DTensor) else p
-
-
 @torch.no_grad()
 def update_average(ema, model, decay: float) -> None:
-    averaged, live = ([own_shard(p) for p in m.parameters()] for m in (ema, model))
+    """Of a sharded tensor this rank's part."""
+    local = lambda p: p.to_local() if isinstance(p, DTensor) else p
+    averaged, live = ([local(p) for p in m.parameters()] for m in (ema, model))
     torch._foreach_lerp_(averaged, live, 1 - decay)
 
 
@@ -451,8 +446,8 @@ def network_arguments(cfg: Config, spec: Spec, features: int = 0) -> dict:
     caption = spec.text["width"] if spec.text else 0
     require(spec.classes or caption, f"--data {cfg.data} has neither classes nor captions; give a "
             "set with one folder per class, or pictures with captions")  # fmt: skip
-    require(cfg.caption in (0, caption), f"--caption {cfg.caption}: the text encoder "
-            f"{cfg.text_encoder} gives {caption}; change either")  # fmt: skip
+    require(cfg.caption in (0, caption), f"--caption {cfg.caption}: --data {cfg.data} with --text_encoder "
+            f"{cfg.text_encoder} gives {caption}, 0 where there are classes; change either")  # fmt: skip
     depth = SIZES[cfg.size]["depth"]
     require(not cfg.align or cfg.align_depth <= depth, f"--align_depth {cfg.align_depth}: of {depth} blocks")
     network = {"channels": spec.shape[0], "patch": cfg.patch, **SIZES[cfg.size]}
@@ -486,7 +481,7 @@ def build(cfg: Config, network: dict, device: torch.device) -> Networks:
         for part in (model.to(device), ema.to(device)):
             if cfg.precision == "bf16":
                 lower_precision(part, masters=True)
-    model, ema = shard(model, mesh, cfg), shard(ema, mesh, cfg)
+    model, ema = shard(model, mesh, cfg, trains=True), shard(ema, mesh, cfg, trains=False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-6,
         weight_decay=cfg.weight_decay, fused=device.type != "mps",
@@ -494,7 +489,7 @@ def build(cfg: Config, network: dict, device: torch.device) -> Networks:
     return Networks(model, ema, optimizer)
 
 
-def shard(model, mesh, cfg: Config):
+def shard(model, mesh, cfg: Config, trains: bool):
     """Checkpointed and compiled blocks, as cfg has it, and with a mesh FSDP2, a unit per block: fp32
     master weights and reduction, attention and MLP in cfg.precision.
 
@@ -502,7 +497,6 @@ def shard(model, mesh, cfg: Config):
     An update runs the network two to four times: what trains is gathered once for all of them and
     resharded by its backward pass; the average has none and is resharded at once.
     """
-    trains = model.x_embedder.proj.weight.requires_grad  # the average does not
     keep = {"reshard_after_forward": not trains}
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     low = replace(whole, param_dtype=torch.bfloat16) if cfg.precision == "bf16" else whole
@@ -526,7 +520,8 @@ def start_from(model: TiM, cfg: Config) -> None:
     if old.classes is None:
         trained |= {"caption_mask": old.caption_mask, "rope_layout": old.rope_layout}
     for name, was in trained.items():
-        now, way = getattr(cfg, name), f"--no-{name}" if was is False else f"--{name} {was}"
+        now = getattr(cfg, name)
+        way = {True: f"--{name}", False: f"--no-{name}"}.get(was, f"--{name} {was}")
         require(was == now or cfg.init_anyway, f"--init {cfg.init}: was trained with {name} {was}; give "
                 f"{way}, or --init_anyway to train it onto {now}")  # fmt: skip
     state, fresh = old.state_dict(), model.state_dict()
@@ -548,10 +543,10 @@ def dry_run(cfg: Config, world_size: int) -> None:
     if cfg.data in ("demo", "emoji"):  # they are in the repository
         spec = data.open_data(cfg.data).spec
         caption = 0 if spec.classes else data.HASHES["width"]
-        known = {"channels": spec.shape[0], "side": spec.shape[1], "classes": len(spec.classes)}
-        cfg = replace(cfg, caption=caption, **known)
-    known = cfg.channels and cfg.side and (cfg.classes or cfg.caption)
-    require(known, f"--dry_run does not open --data {cfg.data}: give --channels, --side, and --classes "
+        cfg = replace(cfg, channels=spec.shape[0], side=spec.shape[1], classes=len(spec.classes),
+                      caption=caption)  # fmt: skip
+    complete = cfg.channels and cfg.side and (cfg.classes or cfg.caption)
+    require(complete, f"--dry_run does not open --data {cfg.data}: give --channels, --side, and --classes "
             "or --caption")  # fmt: skip
     text = {"width": cfg.caption} if cfg.caption else None
     shape, classes = (cfg.channels, cfg.side, cfg.side), tuple(map(str, range(cfg.classes)))
@@ -590,7 +585,8 @@ def dry_run(cfg: Config, world_size: int) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete ones, oldest first."""
-    return sorted((run / "checkpoints").glob("step_" + 8 * "[0-9]"))
+    found = (run / "checkpoints").glob("step_*")
+    return sorted((f for f in found if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
 
 
 def publish(run: Path, newest: Path) -> None:
@@ -618,17 +614,20 @@ def write_checkpoint(run: Path, step: int, networks: Networks, record: dict) -> 
         save(aside / "ema.safetensors", whole, record)
         data.write_text(aside / "config.json", json.dumps(record, indent=1))
         data.sync(aside)  # its files are, by those who wrote them
-        shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         data.sync(final.parent)
         publish(run, final)
-        keep, every = record["train"]["keep"], record["train"]["keep_every"]
-        for old in checkpoints(run)[:-keep]:
-            if not every or int(old.name[5:]) % every:
-                os.replace(old, old.with_suffix(".tmp"))  # half of one must not count as complete
-                shutil.rmtree(old.with_suffix(".tmp"), ignore_errors=True)
+        prune(run, record["train"]["keep"], record["train"]["keep_every"])
 
     data.first_rank(complete)
+
+
+def prune(run: Path, keep: int, every: int) -> None:
+    """Remove all checkpoints but the newest `keep` and, if `every`, those of its multiples."""
+    for old in checkpoints(run)[:-keep]:
+        if not every or int(old.name[5:]) % every:
+            os.replace(old, old.with_suffix(".tmp"))  # half of one must not count as complete
+            shutil.rmtree(old.with_suffix(".tmp"), ignore_errors=True)
 
 
 def compare(found: Path, record: dict) -> int:
@@ -637,9 +636,7 @@ def compare(found: Path, record: dict) -> int:
     old = data.read_json(found / "config.json")
     old["train"] = asdict(Config()) | old["train"]  # settings younger than the run
     for part, free in (("train", FREE), ("model", set()), ("data", {"mean", "std"})):
-        compared = sorted(record[part].keys() & old[part].keys() - free)
-        compared.sort(key=lambda name: name != "precision")  # name it first: h follows from it
-        for name in compared:
+        for name in sorted(record[part].keys() & old[part].keys() - free, reverse=True):  # precision before h
             was, now = (json.loads(json.dumps(side[part][name])) for side in (old, record))
             require(was == now, f"{found} was trained with {part} {name} = {str(was)[:200]}, not "
                     f"{str(now)[:200]}; set it back or use a new --name")  # fmt: skip
@@ -717,6 +714,10 @@ class Log:
         self.norm, self.bad = self.norm + norm, self.bad + ~norm.isfinite()
         self.steps, self.waited, self.done = self.steps + 1, self.waited + waited, self.done + 1
         self.bar.update()
+
+    def leave_out(self, seconds: float):
+        """Time of checkpoints and pictures: the rate in the log is that of updates."""
+        self.began += seconds
 
     def flush(self):
         """Averages over all ranks since the last line; every rank must call it. UserError, on all
@@ -811,14 +812,14 @@ def any_rank(asked: bool) -> bool:
 
 def open_dataset(cfg: Config) -> data.DataSet:
     """The data that cfg asks for, or a UserError on all ranks."""
-    source = Path(cfg.data).expanduser().resolve()
-    inside = source.is_dir() and source in (Path(cfg.runs) / "x").resolve().parents
+    source = Path(cfg.data).expanduser()
+    inside = cfg.data not in data.SETS and source.is_dir() and data.lies_in(cfg.runs, source)
     require(not inside, f"--runs {cfg.runs}: lies in --data {cfg.data}; give another --runs")
     if cfg.data == "random":
         return data.random_data((cfg.channels, cfg.side, cfg.side), cfg.classes)
     absent = cfg.data not in data.SETS and not Path(cfg.data).expanduser().exists()
     if cfg.autoencoder:
-        factor = dict(data.BY_CHANNELS.values()).get(cfg.autoencoder, 8)
+        *_, factor = data.AUTOENCODERS.get(cfg.autoencoder, (8,))
         data.first_rank(require, not absent, f"--data {cfg.data}: not there yet; make it: torchrun "
                         f"--nproc_per_node=8 data.py prepare --images FOLDER --out {cfg.data} "
                         f"--autoencoder {cfg.autoencoder} --size {(cfg.side or 32) * factor}")  # fmt: skip
@@ -827,16 +828,17 @@ def open_dataset(cfg: Config) -> data.DataSet:
     return dataset
 
 
-def open_conditions(cfg: Config, dataset: data.DataSet, device):
+def prepare_conditions(cfg: Config, dataset: data.DataSet, device):
     """What makes conditions of classes or captions, the names of those in sample grids, and the spec
     with its text."""
     spec, captions = dataset.spec, dataset.captions
     if captions is None:
         return data.ClassConditions(len(spec.classes), device), spec.classes[:10], spec
     encoder = data.load_text_encoder(cfg.text_encoder, device, pad_to_length=not cfg.caption_mask)
-    some = np.linspace(0, len(captions) - 1, min(10, len(captions))).astype(int)
+    some = data.spread(len(captions), min(10, len(captions)))
     prompts = spec.prompts or tuple(captions[i][0][:1000] for i in some)
-    known = (*captions.texts, *prompts) if len(captions) <= data.TABLE else ()
+    texts = captions.texts if len(captions) <= data.TABLE else ()
+    known = (*texts, *prompts) if 0 < len(texts) <= data.TABLE else ()
     conditions = data.TextConditions(encoder, device, known, 64 if cfg.compile else 1)
     return conditions, prompts, replace(spec, text=encoder.spec, prompts=prompts)
 
@@ -867,7 +869,7 @@ def picture_may_fail():
     """A full disk at a picture does not end a run."""
     try:
         yield
-    except OSError as error:
+    except (OSError, UserError) as error:
         data.note(f"a picture is not written: {error}")
 
 
@@ -879,7 +881,7 @@ def show_data(path: Path, part: MicroBatch, batch: data.Batch, spec: Spec, decod
     names = batch.y if isinstance(batch.y, list) else [spec.classes[k] for k in batch.y.tolist()]
     rows = pixels.reshape(-1, min(8, n), *pixels.shape[1:])
     with picture_may_fail():
-        path.parent.mkdir(exist_ok=True)
+        data.make_folder(path.parent)
         data.write_picture(data.grid(rows, max(1, 64 // rows.shape[2]), names[:n]), path)
 
 
@@ -895,7 +897,7 @@ def train(cfg: Config) -> None:
     # data and conditions
     dataset = open_dataset(cfg)
     cfg = data.first_rank(resolve, cfg, dataset.spec, device, world_size)
-    conditions, names, spec = open_conditions(cfg, dataset, device)
+    conditions, names, spec = prepare_conditions(cfg, dataset, device)
     encoder, width = open_image_encoder(cfg, dataset, device)
 
     # network; nothing is written before all of it fits
@@ -906,13 +908,14 @@ def train(cfg: Config) -> None:
     if cfg.init and going_on:
         data.note(f"--init {cfg.init} is not read: {run} goes on from {going_on[-1].name}")
     networks = build(replace(cfg, init="" if going_on else cfg.init), network, device)
-    data.first_rank((run / "checkpoints").mkdir, 0o777, True, True)
+    data.first_rank(data.make_folder, run / "checkpoints")
 
-    with data.own(run):
+    with data.owning(run):
         begin = done = resume(run, networks, record)
         sampler = Sampler(
-            networks.ema, transport, record, spec, open_decoder(spec, device), conditions, names,
-            sampling_options(record), record={},
+            model=networks.ema, transport=transport, config=record, spec=spec, names=names,
+            decode=open_decoder(spec, device), conditions=conditions,
+            options=sampling_options(record), record={},
         )  # fmt: skip
         about = {"config": asdict(cfg), "begin": begin, "torch": torch.__version__}
         log = Log(run, cfg, transport, device, begin, about | {"world_size": world_size})
@@ -949,7 +952,7 @@ def train(cfg: Config) -> None:
                     file, columns = run / "samples" / f"step_{done:08d}.png", list(range(len(names)))
                     with picture_may_fail(), torch.compiler.set_stance("force_eager"):
                         draw_grid(sampler, columns, [1, 2, 4, 8, 32], cfg.seed, file)
-                log.began += time.perf_counter() - began  # the rate is that of updates
+                log.leave_out(time.perf_counter() - began)
         log.close()
         if rank == 0 and begin < cfg.steps == done:
             draw_curve(run)

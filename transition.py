@@ -41,20 +41,23 @@ class Transport:
     rho: float = 1.0  # sampling times are equally spaced in t^(1/rho), see `times`
 
     @property
-    def shifts(self) -> bool:
-        """Whether its times are those of `shift_times`, 0 to 1."""
+    def on_unit_interval(self) -> bool:
         return (self.t_min, self.t_max) == (0, 1)
 
-    def fraction(self, t):
+    def fraction(self, t: Tensor) -> Tensor:
         """The place of a time between t_min and t_max, 0 to 1, on the scale of `times`."""
         low, high = (end ** (1 / self.rho) for end in (self.t_min, self.t_max))
-        return (t ** (1 / self.rho) - low) / (high - low)
+        return ((t ** (1 / self.rho) - low) / (high - low)).clamp(0, 1)
+
+    def at(self, fraction: Tensor) -> Tensor:
+        """The time at a place between 0 and 1: `fraction` inverted."""
+        low, high = (end ** (1 / self.rho) for end in (self.t_min, self.t_max))
+        return ((low + (high - low) * fraction) ** self.rho).clamp(self.t_min, self.t_max)
 
     def times(self, n: int) -> Tensor:
         """n + 1 falling times of n steps, t_max to t_min, float64: equal steps of t^(1/rho) (Karras
         et al. 2022, Eq. 5). Where t spans decades, equal steps of t leave all work to the last."""
-        low, high = (end ** (1 / self.rho) for end in (self.t_min, self.t_max))
-        t = torch.linspace(high, low, n + 1, dtype=torch.float64) ** self.rho
+        t = self.at(torch.linspace(1, 0, n + 1, dtype=torch.float64))
         t[0], t[-1] = self.t_max, self.t_min  # not their rounded powers
         return t
 
@@ -340,7 +343,7 @@ def shift_times(transport: Transport, t: Tensor, shift: float) -> Tensor:
     """t -> s t / (1 + (s - 1) t): more noise for more tokens (s > 1); keeps 0, 1 and the order."""
     if shift == 1:
         return t
-    if not transport.shifts or not 0 < shift < math.inf:
+    if not transport.on_unit_interval or not 0 < shift < math.inf:
         raise ValueError(f"shift {shift:g} of {transport.name!r}: it must be positive, over [0, 1]")
     return shift * t / (1 + (shift - 1) * t)
 
@@ -360,7 +363,7 @@ def sample_times(
     share_diffusion    of the samples have r = t, plain diffusion, which needs no derivative: the first
                        n * share; that number is rounded down, or up with the probability of its
                        fraction, so that the share is met on average at any n
-    share_consistency  of the samples have r = t_min
+    share_consistency  of all samples have r = t_min, too
     mean, std          of the transport's draw; None: its own
     diffusion_at       where r = t: the "later" draw, the "earlier", or "one" of both. The later, the
                        authors' choice, hardly trains small times: where one draw is below a time
@@ -377,6 +380,7 @@ def sample_times(
     diffusion_time = draws[0]
     if diffusion_at != "one":
         diffusion_time = t if diffusion_at == "later" else r
+    # of the samples with r < t, so many that they are this share of all
     u = torch.rand(n, generator=rng, device=device) * (1 - share_diffusion)
     r = r.masked_fill(u < share_consistency, transport.t_min)
     same = math.floor(n * share_diffusion + 1e-9)

@@ -8,7 +8,6 @@ torchrun shares the pictures; run the same again to go on.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ def read_benchmark(kind: str, source: Path) -> tuple[list[str], list[tuple], lis
     mjhq one.
 
     geneval  evaluation_metadata.jsonl, {"prompt", ...} a line: 00000/samples/00000.png to 00003.png
-    dpg      a folder of .txt files: NAME.png, the four as a mosaic
+    dpg      a folder of .txt files: NAME.0.png to NAME.3.png
     mjhq     meta_data.json, {key: {"category", "prompt"}}: category/key.jpg
     """
     lines, where = [], f"--prompts {source}"
@@ -41,7 +40,7 @@ def read_benchmark(kind: str, source: Path) -> tuple[list[str], list[tuple], lis
             texts = sorted(source.glob("*.txt"))
             prompts = [data.read_text(file.read_bytes(), f"--prompts {file}") for file in texts]
             prompts = [text.removesuffix("\n") for text in prompts]
-            files = [f"{file.stem}.png" for file in texts for k in range(4)]
+            files = [f"{file.stem}.{k}.png" for file in texts for k in range(4)]
         else:
             table = json.loads(source.read_bytes())
             prompts = [entry["prompt"] for entry in table.values()]
@@ -52,17 +51,31 @@ def read_benchmark(kind: str, source: Path) -> tuple[list[str], list[tuple], lis
     return prompts, [(file, i, i * len(prompts) // len(files)) for i, file in enumerate(files)], lines
 
 
-def finish_geneval(folder: Path, lines: list[bytes]) -> None:
-    """grid.png, and the line as metadata.jsonl, of each prompt whose four pictures are there: every
-    rank does this at its end, so the last one finds all."""
-    for i, line in enumerate(lines):
-        prompt = folder / f"{i:05}"
-        four = [prompt / "samples" / f"{k:05}.png" for k in range(4)]
-        if all(file.is_file() for file in four) and not (prompt / "grid.png").is_file():
-            (prompt / "metadata.jsonl").write_bytes(line)
-            pictures = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in four])
-            mosaic = data.grid(pictures.reshape(2, 2, *pictures.shape[1:]), gap=0)
-            data.write_picture(mosaic, prompt / "grid.png")
+def write_mosaic(files: list[Path], mosaic: Path) -> bool:
+    """Four pictures as one, where all are there and it is not; whether it was made."""
+    if mosaic.is_file() or not all(file.is_file() for file in files):
+        return False
+    pictures = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    data.make_folder(mosaic.parent)
+    data.write_picture(data.grid(pictures.reshape(2, 2, *pictures.shape[1:]), gap=0), mosaic)
+    return True
+
+
+def finish(kind: str, drawn: Path, out: Path, jobs: list, lines: list[bytes]) -> list[tuple]:
+    """geneval: grid.png and the line as metadata.jsonl of each prompt; dpg: the mosaic NAME.png. Every
+    rank does this at its end, so the last one finds all. Returns the jobs of the scorer's pictures."""
+    if kind == "mjhq":
+        return jobs
+    found = []
+    for i in range(0, len(jobs), 4):
+        files = [drawn / file for file, *_ in jobs[i : i + 4]]
+        name = files[0].name.removesuffix(".0.png") + ".png"
+        prompt = files[0].parent.parent
+        mosaic = out / name if kind == "dpg" else prompt / "grid.png"
+        if write_mosaic(files, mosaic) and kind == "geneval":
+            (prompt / "metadata.jsonl").write_bytes(lines[i // 4])
+        found.append((name, *jobs[i][1:]))
+    return found if kind == "dpg" else jobs
 
 
 def parse_arguments(argv=None):
@@ -97,11 +110,13 @@ def main(argv=None) -> None:
     )  # fmt: skip
     if a.size:
         sampler.spec = sample.resized(sampler, a.size)
-    sampler.record["conditions"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
-    sample.write_pictures(sampler, jobs, a.steps, a.seed, a.batch, a.out)
-    finish_geneval(a.out, lines)
+    sampler.record["conditions"] = data.digest(prompts)
+    drawn = a.out.with_name(a.out.name + "_parts") if a.kind == "dpg" else a.out
+    sample.write_pictures(sampler, jobs, a.steps, a.seed, a.batch, drawn)
+    found = finish(a.kind, drawn, a.out, jobs, lines)
     if data.ranks()[0] == 0:
-        sample.write_captions(sampler, jobs, a.out)
+        data.make_folder(a.out)
+        sample.write_captions(sampler, found, a.out)
     data.say(f"{a.out}: {len(jobs)} pictures of {len(prompts)} prompts at {a.steps} steps")
 
 

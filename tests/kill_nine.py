@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import sample
 import train
@@ -33,13 +34,13 @@ def build(sharded):
         return networks
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh, cfg = dist.init_device_mesh("cpu", (1,)), replace(CFG, precision="bf16")
-    model, ema = (train.shard(m, mesh, cfg) for m in (networks.model, networks.ema))
+    model, ema = (train.shard(m, mesh, cfg, m is networks.model) for m in (networks.model, networks.ema))
     return train.Networks(model, ema, torch.optim.AdamW(model.parameters()))
 
 
 def parts(networks):
     parameters = (*networks.model.parameters(), *networks.ema.parameters())
-    return [train.own_shard(p) for p in parameters]
+    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
 
 
 def write(run, sharded):

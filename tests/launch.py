@@ -1,7 +1,7 @@
 """Runs of train.py for the tests: in this process, as a shell starts it, and several in turn.
 
 As a script, torchrun starts it: python launch.py FILE 0|1 trains every list of flags in FILE (JSON), in
-the same processes; what a rank is refused, and whether it would print that, is written to FILE.RANK.
+the same processes; what a rank is refused is written to FILE.RANK.
 A list may begin with "apart": each rank is in a folder of its own; or with "told": the last rank
 gets a SIGTERM in its third update.
 """
@@ -113,7 +113,7 @@ def crashed(text: str) -> bool:
 def in_turn(folder: Path, ranks: int, lines: list[list[str]], pictures=False):
     """Train all lines on the same ranks; with pictures, the first makes them.
 
-    returns  of each rank what it was refused and whether it would print that; and the output
+    returns  of each rank what it was refused; and the output
     """
     (folder / "lines.json").write_text(json.dumps(lines))
     argv = [*torchrun(ranks), __file__, folder / "lines.json", int(pictures)]
@@ -180,7 +180,7 @@ if __name__ == "__main__":
         try:
             train.main(line)
         except data.UserError as error:
-            refused.append([str(error), not isinstance(error, data.SaidByFirst)])
+            refused.append(str(error))
             if dist.is_initialized():
                 dist.destroy_process_group()
         train.train_step = step

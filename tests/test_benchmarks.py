@@ -107,8 +107,14 @@ def test_captions_name_each_picture_and_other_prompts_do_not_mix(argv, tmp_path,
     assert {line["image_file"]: line["captions"] for line in lines} == {
         name: [text] for name, text in zip(names, TEXTS)
     }
-    argv = ["dpg", "--prompts", dpg(tmp_path), *argv, "--size", 32, 16]
-    assert "conditions" in refused(benchmarks.main, *argv)
+    for kind, prompts in (("mjhq", mjhq(tmp_path)), ("dpg", dpg(tmp_path))):
+        again = [kind, "--prompts", prompts, *argv, "--size", 32, 16]
+        benchmarks.main([*map(str, again)])
+        if prompts.is_dir():
+            (prompts / "a.txt").write_text("others")
+        else:
+            prompts.write_text(prompts.read_text().replace("apples", "pears"))
+        assert "conditions" in refused(benchmarks.main, *again)
 
 
 def test_two_ranks_in_another_folder_draw_what_one_process_does(argv, tmp_path, monkeypatch):

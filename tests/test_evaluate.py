@@ -360,7 +360,8 @@ evaluate.main()
 @pytest.mark.slow
 def test_ranks_share_the_sampling_and_one_writes(run, real, tmp_path):
     copy, script = shutil.copytree(run, tmp_path / "copy"), tmp_path / "two.py"
-    args = "--reference real -n 11 --steps 2 --batch 3".split()
+    data.main("prepare --images real --out set --size 16".split())  # opened by rank 0 alone
+    args = "--reference set -n 11 --steps 2 --batch 3".split()
     fid("--checkpoint", run, *args)
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     more = ["--checkpoint", copy, "--inception", "tiny.pth", "--device", "cpu"]
