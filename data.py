@@ -37,13 +37,16 @@ from typing import NamedTuple
 if sys.version_info < (3, 11):
     sys.exit(f"error: this is Python {sys.version.split()[0]}; 3.11 or newer is needed")
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-from tqdm import tqdm
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from PIL import Image, ImageDraw, ImageFont
+    from torch import Tensor
+    from tqdm import tqdm
+except ImportError as missing:
+    sys.exit(f"error: {missing}; source .venv/bin/activate, or pip install -r requirements.txt")
 
 DEMO = Path(__file__).parent / "demo"
 PREPARED = Path("datasets")  # where folders of pictures are prepared, and torchvision downloads to
@@ -83,13 +86,13 @@ def require(condition, message: str) -> None:
 
 @contextmanager
 def explain(kind, message: str):
-    """An error of this kind, or tuple of kinds, becomes a UserError: "MESSAGE (its first line)"."""
+    """An error of this kind, or tuple of kinds, becomes a UserError: "MESSAGE (its first sentence)"."""
     try:
         yield
     except kind as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         why = lines[-1 if "Traceback" in str(error) else 0]  # torch's checkpoints quote theirs
-        raise UserError(f"{message} ({why})") from error
+        raise UserError(f"{message} ({why.split('. ')[0]})") from error
 
 
 def command(main) -> None:
@@ -258,8 +261,10 @@ def open_device(name: str = "auto") -> torch.device:
 def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
     """bfloat16 or float32. auto: bfloat16 where the GPU has it in hardware."""
     require(asked in ("auto", "fp32", "bf16"), f"precision {asked}: one of auto, fp32, bf16")
-    if asked == "auto" and device.type == "cuda":
-        asked = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if asked == "auto" and device.type == "cuda":  # or a dry run, without one
+        absent = not torch.cuda.is_available()
+        has_bf16 = absent or torch.cuda.is_bf16_supported(including_emulation=False)
+        asked = "bf16" if has_bf16 else "fp32"
     require(asked != "bf16" or device.type != "mps", "--precision bf16: not on mps; use fp32")
     return torch.bfloat16 if asked == "bf16" else torch.float32
 
@@ -684,8 +689,10 @@ def find_pictures(root) -> Found:
     if not texts:
         return Found(pictures, *label_pictures(root, pictures), [])
     kept = [p for p in pictures if p.name in texts]
-    if len(kept) < len(pictures):
-        note(f"{root}: {len(pictures) - len(kept)} of {len(pictures)} pictures have no text: left out")
+    mute = [p.name for p in pictures if p.name not in texts]
+    if mute:
+        note(f"{root}: {len(mute)} of {len(pictures)} pictures have no text and are left out, such as "
+             f"{printable(mute[0])}")  # fmt: skip
     return Found(kept, [], np.arange(len(kept)), [texts[p.name] for p in kept])
 
 
@@ -1281,6 +1288,7 @@ def plot(path, curves: dict, **axes_settings) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        note(f"{path} is not drawn: that needs matplotlib")
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

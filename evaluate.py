@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import data  # first: it says so where the packages are missing
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 
-import data
 import sample
 import transition
 from data import Spec, UserError, explain, flag, require
@@ -48,10 +49,14 @@ def append_record(file: Path, record: dict) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
         lines.write(line + "\n")
+    data.say(f"added to {file}")
+
+
+RESULTS = Path("runs/eval")  # where there is no run folder
 
 
 def results_folder(checkpoint: Path) -> Path:
-    return checkpoint / "eval" if checkpoint.is_dir() else Path("runs/eval")
+    return checkpoint / "eval" if checkpoint.is_dir() else RESULTS
 
 
 # --- fid: pictures --------------------------------------------------------------------------------
@@ -64,8 +69,8 @@ class FidConfig:
     """The flags of `fid`."""
 
     reference: str = flag("", f"folder of pictures, .npz, or {', '.join(data.SETS)}", required=True)
-    reference_num: int | None = flag(None, "use this many of its pictures, and others for the floor",
-        INTEGER)
+    reference_num: int | None = flag(None, "compare with this many of its pictures, and as many as are\n"
+        "scored of the rest for the floor, real against real (default: all, no floor)", INTEGER)
     images: str = flag("", "score this folder or .npz of pictures instead of a network")
     checkpoint: tuple = flag((), "default: the newest run", Path, nargs="+")
     num: int | None = flag(None, "pictures (default: 50000, or all of --images)", INTEGER,
@@ -79,9 +84,10 @@ class FidConfig:
     precision: str = flag("auto", "of attention, MLP", choices=("auto", "fp32", "bf16"))
     autoencoder: str | None = flag(None, "folder or hub name (default: the checkpoint's)", str)
     side: int | None = flag(None, "crop pictures of --images and --reference to this", INTEGER)
-    inception: str | None = flag(None, "weights in torch-fidelity's form (default: fetched)", str)
+    inception: str | None = flag(None, "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's\n"
+        "releases (default: fetched)", str)
     cache: Path = flag(Path("runs/reference"), "folder of the reference's features")
-    plot: Path | None = flag(None, "PNG of FID over steps (default: beside the records)", Path)
+    plot: Path | None = flag(None, "PNG of FID over steps (default: fid.png in eval/ of the run)", Path)
     seed: int = flag(0, "of the noise", data.natural)
     batch: int = flag(100, "pictures per pass", INTEGER)
     device: str = flag("auto", "auto (cuda, else cpu), cuda, mps or cpu")  # fmt: skip
@@ -252,8 +258,10 @@ def score(pictures: Pictures, real: Pictures, options: dict) -> dict:
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split(". ")[0].split())[:200]
         reason = reason or "statistics of another number of features"
-        raise UserError(f"{pictures.name} against {real.name}: {reason}; mixed sizes need --side; "
-                        "offline, give --inception FILE in torch-fidelity's form") from error  # fmt: skip
+        way = "mixed sizes need --side, and --inception weights in torch-fidelity's form"
+        if isinstance(error, OSError):
+            way = "offline, give --inception FILE"
+        raise UserError(f"{pictures.name} against {real.name}: {reason}; {way}") from error
     if found.get("inception_score_std", 1) < 1e-9:
         del found["inception_score_mean"]  # weights without a classifier: its outputs are zero
     return {short: found.get(name) for short, name in SCORES.items()}
@@ -268,6 +276,8 @@ class Table:
 
     def __init__(self, cfg: FidConfig, real: Pictures, statistics: dict, n: int, device: torch.device):
         weights = "default"
+        found = not cfg.inception or Path(cfg.inception).is_file()
+        require(found, f"--inception {cfg.inception}: no such file; fix the path")
         if cfg.inception:  # torch-fidelity would run code that is in it; `read_tensors` does not
             weights = sample.read_tensors(Path(cfg.inception), "cpu")[2]
         features = cfg.cache / f"features_{weights}"
@@ -283,6 +293,8 @@ class Table:
         else:
             real, others = split_reference(cfg, real, n)
         self.real = real
+        data.say(f"Inception takes about .1 s a picture on a CPU core: {n} a row, and once {len(real)} of "
+                 "the reference")  # fmt: skip
         if len(others):
             floor = score(others, real, self.options | {"input1_cache_name": others.key})
         print(f"{n} pictures a row against {cfg.reference}; other numbers do not compare")
@@ -311,12 +323,11 @@ def fid(cfg: FidConfig) -> None:
         pictures = open_npz(Path(cfg.images), cfg.side)[0] if npz else open_pictures(cfg.images, cfg.side)
         n, known = cfg.num or len(pictures), len(pictures)
         require(10 <= n <= known, f"--num {n}: {cfg.images} holds {known}; at least 10")
-        folder = Path(cfg.images) if Path(cfg.images).is_dir() else cfg.cache
         row = {"row": Path(cfg.images).name, "steps": None, "NFE": None}
         pictures, (real, statistics) = pictures.part(data.spread(known, n)), open_reference(cfg)
         check_size(cfg.images, pictures.size, real)
         table = Table(cfg, real, statistics, n, device)
-        table.add(row, pictures, folder / "eval.jsonl", {"images": cfg.images})
+        table.add(row, pictures, RESULTS / "eval.jsonl", {"images": cfg.images})
 
 
 def class_shares(real: Pictures | None, classes: tuple[str, ...], n: int) -> tuple[list[int], str]:
@@ -475,7 +486,7 @@ def clip(images: Path, num: int | None, model: str, batch: int, device: str) -> 
     error = float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None
     row = {"images": images.name, "CLIP": float(np.mean(scores)), "error": error, "n": len(scores)}
     print_row(row, heads=True)
-    append_record(images / "eval.jsonl", row | {"model": model})
+    append_record(RESULTS / "clip.jsonl", row | {"images": str(images), "model": model})
 
 
 # --- The commands ---------------------------------------------------------------------------------
@@ -485,7 +496,8 @@ def main(argv=None) -> None:
     form = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("fid", help="FID and other scores over steps", allow_abbrev=False)
+    p = commands.add_parser("fid", help="FID and other scores over steps", allow_abbrev=False,
+                            formatter_class=form)  # fmt: skip
     data.add_flags(p, FidConfig)
 
     shared = argparse.ArgumentParser(add_help=False)

@@ -20,6 +20,8 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import data  # first: it says so where the packages are missing
+
 import numpy as np
 import torch
 from PIL import Image
@@ -28,7 +30,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 from data import Spec, UserError, explain, require
 from model import TiM, lower_precision
 from transition import (
@@ -78,6 +79,7 @@ def load(path, device="cpu") -> tuple[TiM, Transport, dict]:
 def checkpoint_file(path) -> Path:
     """The file of a run folder, a file itself, or else OWNER/REPO/FILE from the hub."""
     file = Path(path, "ema.safetensors") if Path(path).is_dir() else Path(path)
+    inside = sorted(found.parent for found in Path(path).glob("*/ema.safetensors"))
     on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)/(.+\.(?:safetensors|bin|pt|pth))", str(path))
     if on_hub and not file.is_file() and not file.parent.is_dir():
         way = "pip install huggingface_hub, or download it and give its path"
@@ -85,7 +87,8 @@ def checkpoint_file(path) -> Path:
             from huggingface_hub import hf_hub_download
 
             return Path(hf_hub_download(*on_hub.groups()))
-    require(file.is_file(), f"{path}: there is no file {file}; run train.py, or fix the path")
+    way = f"give {inside[-1]}" if inside else "run train.py, or fix the path"
+    require(file.is_file(), f"{path}: there is no file {file}; {way}")
     return file
 
 
@@ -191,7 +194,7 @@ def sampling_times(transport: Transport, steps, shift=1.0, floor=0.0) -> Tensor:
                 break
         times[0] = high  # which a shift below 1/2 rounds
     else:
-        times = torch.as_tensor(steps, dtype=torch.float64)
+        times = torch.as_tensor(steps, dtype=torch.float64).reshape(-1)
     falls = len(times) > 1 and bool((times.diff() < 0).all())
     require(falls and times[0] == high and times[-1] >= low, f"times {times.tolist()} must fall "
             f"from {high:g}, within [{low:g}, {high:g}] of {transport.name!r}")  # fmt: skip
@@ -282,23 +285,27 @@ def check_guidance(guide_range, guidance: float, interval) -> None:
     if guide_range:
         least, most = guide_range
         require(guidance == 1 or least <= guidance <= most, f"--guidance {guidance:g}: the network "
-                f"was trained with {least:g} to {most:g}, and 1")  # fmt: skip
+                f"knows 1 and {least:g} to {most:g}; give one of these")  # fmt: skip
 
 
-def sampling_options(config: dict, **given) -> dict:
-    """How to sample a checkpoint, as keywords of `generate`: what is given, else what it says.
+def sampling_options(
+    config: dict, guidance=None, interval=None, strict=None, stochastic=None, shift=None
+) -> dict:
+    """How to sample a checkpoint, as keywords of `generate`: what is given, or for None what it says.
 
-    given   guidance, interval, strict, stochastic, shift; None is not given. Without a shift, it
-            follows from the number of tokens, where the network was trained so (`Sampler.latents`)
-    raises  UserError for guidance of a network that knows no missing condition, and for bad values
+    Without a shift, it follows from the number of tokens, where the network was trained so, see
+    `Sampler.latents`. UserError for guidance of a network that knows no missing condition, and for
+    bad values.
     """
     train = config["train"]
+    given = {"guidance": guidance, "interval": interval, "strict": strict, "stochastic": stochastic,
+             "shift": shift}  # fmt: skip
     # the second edition's names of the interval's ends, and of leaving them out
-    interval = train.get("guidance_low", 0.0), train.get("guidance_high", 1.0)
-    strict = train.get("guidance_strict", False)
+    ends = train.get("guidance_low", 0.0), train.get("guidance_high", 1.0)
+    left_out = train.get("guidance_strict", False)
     options = {
-        "guidance": train["guidance"], "interval": train.get("interval", interval),
-        "strict": train.get("strict_interval", strict),
+        "guidance": train["guidance"], "interval": train.get("interval", ends),
+        "strict": train.get("strict_interval", left_out),
         "stochastic": 0.0, "diffusion_only": train.get("share_diffusion") == 1,
     }  # fmt: skip
     options |= {name: value for name, value in given.items() if value is not None}
@@ -330,9 +337,12 @@ class Sampler:
     def latents(self, indices, conditions, steps, seed: int, trace=None) -> Tensor:
         """Samples in network space (n, C, H, W); a class or prompt number for each index."""
         known, shape = len(self.names), self.spec.shape
-        valid = len(conditions) == len(indices) and all(-1 <= k < known for k in conditions)
-        require(valid, f"conditions {list(conditions)}: one for each index, from 0 to {known - 1}, "
-                "or -1 for none")  # fmt: skip
+        require(len(conditions) == len(indices) > 0, f"{len(conditions)} conditions for {len(indices)} "
+                "indices: give as many, at least one")  # fmt: skip
+        for k in conditions:
+            valid = isinstance(k, (int, np.integer)) and -1 <= k < known
+            require(valid, f"condition {k!r}: a number from 0 to {known - 1}, in the order of `.names`, "
+                    "or -1 for none")  # fmt: skip
         if self.spec.text:
             y, null = self.conditions(["" if k < 0 else self.names[k] for k in conditions])
         else:
@@ -344,13 +354,13 @@ class Sampler:
         options = {"shift": shift, "noise": noise, "trace": trace, "null": null} | self.options
         return generate(self.model, self.transport, noise(), y, steps, **options)
 
-    def draw(self, indices, conditions, steps, seed: int) -> np.ndarray:
+    def draw(self, indices, conditions, steps, seed: int = 0) -> np.ndarray:
         """`latents`, decoded: uint8 (n, H, W, C)."""
         return self.decode(self.latents(indices, conditions, steps, seed))
 
 
 def open_sampler(
-    path, device, precision="auto", *, prompts=None, autoencoder=None, text_encoder=None, **given
+    path, device="cpu", precision="auto", *, prompts=None, autoencoder=None, text_encoder=None, **given
 ) -> Sampler:
     """Load a checkpoint and what it draws with. What is None, the checkpoint says.
 
@@ -531,7 +541,8 @@ def resized(sampler: Sampler, size: list[int]) -> Spec:
 def main(argv=None):
     a = parse_arguments(argv)
     path, device = a.checkpoint or newest(), data.open_device(a.device)
-    require(a.out or not a.num, "-n writes many pictures; give --out FOLDER, or a file .npz")
+    many = a.out and a.out.suffix not in (".png", ".jpg")
+    require(many or not a.num, f"--out {a.out}: -n writes many pictures; give a folder, or a file .npz")
     require(not (a.prompts and a.prompts_file), "--prompts and --prompts_file: give one of them")
     prompts = read_prompts(a.prompts_file) if a.prompts_file else a.prompts
     sampler = open_sampler(

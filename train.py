@@ -16,11 +16,13 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+import data  # first: it says so where the packages are missing
 
 import numpy as np
 import torch
@@ -36,7 +38,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import data
 from data import Spec, UserError, explain, finite, flag, natural, non_negative_float, positive_float
 from data import positive_int, require, share
 from model import SIZES, TiM, lower_precision
@@ -524,6 +525,9 @@ def start_from(model: TiM, cfg: Config) -> None:
         way = {True: f"--{name}", False: f"--no-{name}"}.get(was, f"--{name} {was}")
         require(was == now or cfg.init_anyway, f"--init {cfg.init}: was trained with {name} {was}; give "
                 f"{way}, or --init_anyway to train it onto {now}")  # fmt: skip
+    kinds = {True: "texts", False: "classes"}
+    was, now = kinds[old.classes is None], kinds[model.classes is None]
+    require(was == now, f"--init {cfg.init}: was trained on {was}, --data {cfg.data} has {now}; give other data")
     state, fresh = old.state_dict(), model.state_dict()
     table = "y_embedder.embedding_table.weight"
     if table in state and table in fresh and len(state[table]) != len(fresh[table]):
@@ -633,17 +637,29 @@ def prune(run: Path, keep: int, every: int) -> None:
 def compare(found: Path, record: dict) -> int:
     """The number of updates of a checkpoint. UserError if it was made with other settings, by name:
     only those in FREE may differ."""
-    old = data.read_json(found / "config.json")
-    old["train"] = asdict(Config()) | old["train"]  # settings younger than the run
-    for part, free in (("train", FREE), ("model", set()), ("data", {"mean", "std"})):
-        for name in sorted(record[part].keys() & old[part].keys() - free, reverse=True):  # precision before h
-            was, now = (json.loads(json.dumps(side[part][name])) for side in (old, record))
-            require(was == now, f"{found} was trained with {part} {name} = {str(was)[:200]}, not "
-                    f"{str(now)[:200]}; set it back or use a new --name")  # fmt: skip
-    require(old.get("fingerprint") == record["fingerprint"], f"{found} was trained on other pictures "
-            "or captions than --data has now; use those or a new --name")  # fmt: skip
-    if record["train"]["decay"] and record["train"]["steps"] != old["train"]["steps"]:
-        data.note(f"{found} was to end at update {old['train']['steps']}; its rate fell towards that end")
+    old, names = data.read_json(found / "config.json"), [f.name for f in fields(Config)]
+    now, defaults = json.loads(json.dumps([record, asdict(Config())]))
+    old["train"] = defaults | old["train"]  # settings younger than the run
+
+    def same(part: str, names) -> None:
+        for name in names:
+            if name not in FREE and name in old[part]:
+                was, asked = old[part][name], now[part][name]
+                what = f"--{name}" if part == "train" else f"{part} {name}"
+                require(was == asked, f"{found} was trained with {what} {str(was)[:200]}, not "
+                        f"{str(asked)[:200]}; set it back or use a new --name")  # fmt: skip
+
+    same("train", names[: names.index("size")])  # what the data are asked to be
+    require(old.get("fingerprint") == now["fingerprint"], f"{found} was trained on other pictures or "
+            "captions than --data has now; use those or a new --name")  # fmt: skip
+    same("train", ["precision", *names])  # h follows from precision
+    same("model", now["model"])
+    same("data", now["data"].keys() - {"mean", "std"})
+    ending = old["train"]["steps"]
+    fell = old["step"] > (1 - now["train"]["decay"]) * ending
+    if fell and now["train"]["steps"] != ending:
+        data.note(f"{found} was to end at update {ending}, and its rate fell towards that; a new --name "
+                  "trains with the whole rate")  # fmt: skip
     return old["step"]
 
 

@@ -552,8 +552,17 @@ def test_a_moved_set_resumes_and_a_changed_one_is_refused(tmp_path, refused):
     own(*more)
     save(tmp_path / "moved/a/0.bmp", 255 - photo(16, 16))  # of the same size in bytes
     touched(tmp_path / "moved/a/0.bmp")
-    assert "run" in refused(train.main, *SHORT, *more)
+    assert "--data" in refused(train.main, *SHORT, *more)
     assert [line["step"] for line in log(Path("runs/run"))] == [1, 2, 3]
+
+
+def test_a_picture_more_is_named_and_not_its_prompt(tmp_path, refused):
+    make(tmp_path / "set", FLAT | TEXTS)
+    more = "--data set --side 16 --name run".split()
+    own(*more)
+    make(tmp_path / "set", {"3.png": PIC, "3.txt": "drei"})
+    said = refused(train.main, *SHORT, *more, "--steps", "3")
+    assert "--data" in said and "drei" not in said
 
 
 @pytest.mark.parametrize("flags", [

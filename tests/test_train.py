@@ -777,8 +777,8 @@ REFUSED = {  # flags: what the one line must name
     "--data demo": "channels", "--data random --channels 0": "--channels", "--data .": "--runs",
     "--name other --runs file": "file", "--name other --init nowhere": "nowhere",
     "--name other --init run --patch 1": "--init", "--name other --init run --predict x": "--predict",
-    "--steps 4 --precision bf16": "precision", "--steps 4 --h .01": "h =", "--steps 4 --lr .5": "lr",
-    "--steps 4 --size S": "size", "--steps 4 --seed 1": "seed", "--device cuda": "--device",
+    "--steps 4 --precision bf16": "--precision", "--steps 4 --h .01": "--h ", "--steps 4 --patch 1": "--patch", "--steps 4 --lr .5": "--lr",
+    "--steps 4 --size S": "--size", "--steps 4 --seed 1": "--seed", "--device cuda": "--device",
     "--name other --classes 0 --no-caption_mask": "--caption_mask",
     "--name other --classes 0 --caption 7": "--caption",
 }  # fmt: skip
