@@ -46,7 +46,7 @@ class Linear(nn.Linear):
         out = F.linear(x, weight, bias)
         if dx is None:
             return out
-        return forward_ad.make_dual(out, F.linear(dx, weight))        # torch adds x times 0
+        return forward_ad.make_dual(out, F.linear(dx, weight))  # torch's own rule also adds x 0
 
 
 class HeadNorm(nn.LayerNorm):

@@ -552,8 +552,6 @@ def main(argv=None):
     )  # fmt: skip
     if a.size:
         sampler.spec = resized(sampler, a.size)
-    if a.stochastic and min(a.steps) < 50:
-        data.note(f"--stochastic {a.stochastic:g} is biased at few steps (variance +11% at 4)")
     step, guidance = sampler.config["step"], sampler.options["guidance"]
     what = "released weights" if step is None else f"weights of step {step}"
     data.say(f"{path}: {what}, guidance {guidance:g}")
@@ -563,6 +561,8 @@ def main(argv=None):
     else:
         conditions = class_numbers(a.classes, sampler.names, a.num is not None)
     names = [sampler.names[k] for k in conditions]
+    if a.stochastic and min(a.steps) < 50:
+        data.note(f"--stochastic {a.stochastic:g} is biased at few steps (variance +11% at 4)")
     if not a.num:
         out = a.out or Path("samples.png")
         draw_grid(sampler, conditions, a.steps, a.seed, out)

@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from launch import assert_same, flags_of, in_turn, losses, train_here, weights
+import torch.nn.functional as F
+from conftest import weights_in
+from launch import assert_same, losses, train_here, weights
 from oracle import lively
 from PIL import Image
 from tiny import save_gemma, save_kl
@@ -52,34 +54,36 @@ def captioned(tmp_path_factory):
 def test_odd_captions_have_features_that_do_not_depend_on_company(name, gemma):
     encode = data.load_text_encoder(str(gemma) if name == "gemma" else name)
     features, mask = encode(ODD)
-    assert features.shape == (len(ODD), mask.shape[1], encode.spec["width"])
-    assert features.isfinite().all() and mask.any(1).all() and not mask[0, 1:].any()
-    assert mask.sum(1).max() == encode.spec["length"] == features.shape[1]
-    assert all((mask[:, :-1] >= mask[:, 1:]).flatten())  # padding is on the right
-    for i, text in enumerate(ODD):
+    lengths = mask.sum(1)
+    assert features.shape == (len(ODD), encode.spec["length"], encode.spec["width"])
+    assert features.isfinite().all() and lengths[0] == lengths.min() == 1
+    assert torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None])  # padding is on the right
+    for text, row, n in zip(ODD, features, lengths):
         alone, own = encode([text])
-        n = int(own.sum())
-        assert n == int(mask[i].sum()) == own.shape[1]
-        torch.testing.assert_close(features[i, :n], alone[0], atol=1e-5, rtol=1e-4)
+        assert own.shape == (1, n) and own.all()
+        torch.testing.assert_close(row[:n], alone[0], atol=1e-5, rtol=1e-4)
 
 
 def test_gemma_is_asked_as_the_released_network_was(gemma):
     """Last hidden state of the decoder, begin mark, no template, right padding, 256 tokens."""
     transformers = pytest.importorskip("transformers")
-    encode = data.load_text_encoder(str(gemma))
-    assert encode.spec == {"encoder": str(gemma), "length": 256, "width": 20}
     model = transformers.Gemma3ForCausalLM.from_pretrained(gemma)
     ids = transformers.AutoTokenizer.from_pretrained(gemma)("red apple")["input_ids"]
     assert ids[0] == 2 and len(ids) == 10
     want = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
-    features, mask = encode(["red apple", "y" * 999])
-    torch.testing.assert_close(features[:1, :10], want, atol=1e-5, rtol=1e-5)
-    assert mask.sum(1).tolist() == [10, 256]
-    padded, mask = data.load_text_encoder(str(gemma), pad_to_length=True)(["red apple"])
-    assert padded.shape == (1, 256, 20) and mask.sum() == 10
-    torch.testing.assert_close(padded[:, :10], want, atol=1e-5, rtol=1e-5)
-    features, mask = data.load_text_encoder(str(gemma), length=7)(["red apple", "sun"])
-    assert features.shape == (2, 7, 20) and mask.sum(1).tolist() == [7, 4]
+    for how, texts, length, lengths in (
+        ({}, ["red apple", "y" * 999], 256, [10, 256]),
+        ({}, ["red apple", "sun"], 10, [10, 4]),
+        (dict(pad_to_length=True), ["red apple"], 256, [10]),
+        (dict(length=7), ["red apple", "sun"], 7, [7, 4]),
+    ):
+        encode = data.load_text_encoder(str(gemma), **how)
+        spec = {"encoder": str(gemma), "length": how.get("length", 256), "width": 20}
+        features, mask = encode(texts)
+        assert encode.spec == spec and mask.sum(1).tolist() == lengths
+        assert features.shape == (len(texts), length, 20)
+        n = min(length, 10)
+        torch.testing.assert_close(features[:1, :n], want[:, :n], atol=1e-5, rtol=1e-5)
 
 
 def test_words_are_hashed_the_same_everywhere_and_similar_words_are_close():
@@ -115,22 +119,17 @@ def test_classes_as_conditions():
 def test_captions_as_conditions(known, multiple):
     """Encoded once, or batch by batch: the same features. null is the empty text, of one length."""
     encode, texts = data.load_text_encoder("word_hashes"), ["a blue heart", "sun", "", "sun", "red " * 9]
+    want, mask = encode([*texts, ""])
+    padding = -want.shape[1] % multiple
+    want, mask = F.pad(want, (0, 0, 0, padding)), F.pad(mask, (0, padding))
     all_texts = [*texts, "never drawn"] if known else ()
-    y, null = data.TextConditions(encode, CPU, all_texts, multiple)(texts)
-    want, mask = encode(texts)
-    (features, seen), (nothing, nothing_seen) = y, null
-    assert features.shape == nothing.shape == (5, -(-10 // multiple) * multiple, 128)
-    assert seen.shape == nothing_seen.shape == features.shape[:2]
-    assert torch.equal(features[:, :10], want) and torch.equal(seen[:, :10], mask)
-    assert not seen[:, 10:].any()
-    empty, one = encode([""])
-    assert torch.equal(nothing[:, : len(one[0])], empty.expand(5, -1, -1))
-    assert torch.equal(nothing[2], features[2]) and (nothing_seen.sum(1) == one.sum()).all()
+    (y, seen), (null, null_seen) = data.TextConditions(encode, CPU, all_texts, multiple)(texts)
+    assert torch.equal(y, want[:5]) and torch.equal(seen, mask[:5]) and y.shape[1] % multiple == 0
+    assert torch.equal(null, want[[5] * 5]) and torch.equal(null_seen, mask[[5] * 5])
 
 
 def text_network(**changes):
-    sizes = {"channels": 3, "patch": 4, "classes": None, "caption": 128}
-    return lively(**sizes | changes)
+    return lively(channels=3, patch=4, classes=None, caption=128, **changes)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -138,16 +137,13 @@ def test_a_picture_does_not_depend_on_its_batch_mates(masked):
     """Beside longer and shorter captions: the same but for rounding; not so without the mask."""
     model, prompts = text_network(caption_mask=masked), ["red", "", "the " * 30, "blue heart"]
     spec = data.Spec("pixels", (3, 8, 8), text=data.HASHES)
-
-    def draw(indices, prompts):
-        conditions = data.TextConditions(data.load_text_encoder("word_hashes"), CPU)
-        sampler = sample.Sampler(model, TRANSPORTS["tim"], {"train": {}}, spec, None, conditions,
-                                 prompts, {"guidance": 2.0}, {})  # fmt: skip
-        return sampler.latents(indices, range(len(prompts)), 3, seed=3)
-
-    together = draw(range(4), prompts)
+    conditions = data.TextConditions(data.load_text_encoder("word_hashes"), CPU)
+    sampler = sample.Sampler(model, TRANSPORTS["tim"], {"train": {}}, spec, None, conditions,
+                             prompts, {"guidance": 2.0}, {})  # fmt: skip
+    together = sampler.latents(range(4), range(4), 3, seed=3)
     for i, prompt in enumerate(prompts):
-        gap = (draw([i], [prompt])[0] - together[i]).abs().max() / together[i].abs().max()
+        alone = sampler.latents([i], [i], 3, seed=3)[0]
+        gap = (alone - together[i]).abs().max() / together[i].abs().max()
         assert gap < 1e-4 if masked or i == 2 else gap > 1e-3, (masked, prompt)
 
 
@@ -171,43 +167,29 @@ def test_a_dropped_caption_is_the_empty_one(drop, guide, tangent):
 # --- Training and sampling ------------------------------------------------------------------------
 
 
-def on(folder, *flags):
-    """Flags of a short run on captioned pictures of 16 x 16."""
-    pictures = ["--data", folder, "--channels", 3, "--side", 16, "--classes", 0, "--patch", 8]
-    return [*pictures, "--guide_gt", 1.5, "--ema", 0.5, *flags]
-
-
 def test_training_resumes_exactly_whether_captions_are_encoded_once_or_by_batch(
     captioned, tmp_path, monkeypatch
 ):
     """Six updates, or three and three; features at hand, or encoded batch by batch: the same."""
+    flags = ["--data", captioned, "--channels", 3, "--side", 16, "--classes", 0, "--patch", 8]
+    flags += ["--guide_gt", 1.5, "--ema", 0.5, "--steps"]
     found = []
     for table in (4096, 2):
         monkeypatch.setattr(data, "TABLE", table)
-        whole = train_here(tmp_path / f"{table}/whole", *on(captioned, "--steps", 6))
-        parts = train_here(tmp_path / f"{table}/parts", *on(captioned, "--steps", 3))
-        train_here(tmp_path / f"{table}/parts", *on(captioned, "--steps", 6))
+        whole = train_here(tmp_path / f"{table}/whole", *flags, 6)
+        parts = [train_here(tmp_path / f"{table}/parts", *flags, steps) for steps in (3, 6)][1]
         assert_same(weights(whole), weights(parts), atol=0, rtol=0)
         assert losses(whole) == losses(parts)
         found.append(losses(whole))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_two_ranks_train_as_one(captioned, tmp_path):
-    """With the own path, and captions whose lengths differ between the ranks."""
-    line = on(captioned, "--tangent", "network", "--steps", 4)
-    in_turn(tmp_path, 2, [flags_of(tmp_path / "two", *line)])
-    one = train_here(tmp_path / "one", *line, "--accumulate", 2)
-    assert losses(tmp_path / "two/run") == pytest.approx(losses(one), rel=1e-4)
-
-
 def test_gemma_from_pictures_to_pictures(captioned, gemma, tmp_path, refused):
     """prepare, train, sample, with a tiny autoencoder and a tiny Gemma; nothing is asked again."""
     save_kl(tmp_path / "kl")
-    pictures = captioned.parent / "pictures"
-    make = ["prepare", "--images", pictures, "--size", 16, "--device", "cpu"]
-    make = [*map(str, make), "--autoencoder", str(tmp_path / "kl"), "--out"]
-    data.main([*make, str(tmp_path / "set")])
+    make = ["prepare", "--images", captioned.parent / "pictures", "--size", 16, "--device", "cpu"]
+    make += ["--autoencoder", tmp_path / "kl", "--out", tmp_path / "set"]
+    data.main([*map(str, make)])
     latents = ["--data", tmp_path / "set", "--channels", 4, "--side", 8, "--classes", 0]
     latents += ["--text_encoder", gemma, "--steps", 3]
     path = train_here(tmp_path, *latents, pictures=True)
@@ -216,39 +198,18 @@ def test_gemma_from_pictures_to_pictures(captioned, gemma, tmp_path, refused):
     assert config["model"]["caption"] == 20 and len(losses(path)) == 3
     assert {"data.png", "step_00000003.png"} <= {p.name for p in (path / "samples").iterdir()}
 
-    out, base = tmp_path / "grid.png", ["--checkpoint", path, "--steps", 1, 2, "--device", "cpu"]
-    argv = [*base, "--guidance", 1.5, "--out"]
-    sample.main([*map(str, argv), str(out), "--prompts", *ODD])
-    with Image.open(out) as grid:
+    argv = ["--checkpoint", path, "--steps", 1, 2, "--device", "cpu", "--out", tmp_path / "grid.png"]
+    sample.main([*map(str, argv), "--prompts", *ODD])
+    with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width > len(ODD) * 16 and grid.height > 2 * 16
-    (tmp_path / "prompts.txt").write_text("red\n\nпривет", "utf-8")
-    many = [*argv, tmp_path / "many", "--prompts_file", tmp_path / "prompts.txt", "-n", 7]
-    sample.main([*map(str, many)])
-    lines = (tmp_path / "many/steps_2/captions.jsonl").read_text().splitlines()
-    texts = ["red", "", "привет", "red", "", "привет", "red"]
-    assert [json.loads(line)["captions"] for line in lines] == [[text] for text in texts]
-    for line in lines:
-        assert (tmp_path / "many/steps_2" / json.loads(line)["image_file"]).is_file()
-
     shutil.copytree(gemma, tmp_path / "moved")  # --text_encoder says where it is now
-    drawn = [sample.open_sampler(path, CPU, prompts=["a"], **given).latents([0], [0], 1, 0)
-             for given in ({}, {"text_encoder": str(tmp_path / "moved")})]  # fmt: skip
+    drawn = [
+        sample.open_sampler(path, CPU, prompts=["a"], text_encoder=where).latents([0], [0], 1, 0)
+        for where in (None, str(tmp_path / "moved"))
+    ]
     torch.testing.assert_close(*drawn)
-    (tmp_path / "long.txt").write_text("a\n" * 101)
-    for more in (["--classes", 1], ["--text_encoder", "word_hashes"], ["--prompts_file", "no.txt"],
-                 ["--text_encoder", tmp_path / "none"], ["--prompts_file", tmp_path / "long.txt"]):
-        message = refused(sample.main, *argv, out, *more)
-        assert more[0] in message or "101" in message
-
-    table = (pictures / "captions.jsonl").read_text()
-    (pictures / "captions.jsonl").write_text(table.replace("picture 5", "picture X"))
-    try:  # other captions are another set
-        assert "plan.json" in refused(data.main, *make, tmp_path / "set")
-        data.main([*make, str(tmp_path / "other")])
-    finally:
-        (pictures / "captions.jsonl").write_text(table)
-    more = flags_of(tmp_path, *latents, "--data", tmp_path / "other")
-    assert "--data" in refused(train.main, *more)
+    for where in ("word_hashes", tmp_path / "none"):
+        assert "--text_encoder" in refused(sample.main, *argv, "--text_encoder", where)
 
 
 def test_the_emoji_preset_trains_and_draws_its_prompts(tmp_path):
@@ -274,8 +235,7 @@ def test_a_text_network_needs_captions():
 @pytest.fixture
 def released(golden_text, tmp_path):
     """A file like the released text weights: the golden network."""
-    state = {k[8:]: v for k, v in golden_text.items() if k.startswith("weights.")}
-    torch.save(state, tmp_path / "t2i_model.bin")
+    torch.save(weights_in(golden_text), tmp_path / "t2i_model.bin")
     return tmp_path / "t2i_model.bin"
 
 
