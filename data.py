@@ -1255,7 +1255,8 @@ def grid(rows: np.ndarray, scale: int = 1, names=(), row_names=(), gap: int = 2)
     r, c, h, w, k = rows.shape
     per_picture = len(names) == r * c and r > 1  # a strip of names below every row
     h, w, gap = h * scale, w * scale, gap * scale
-    left, below = 64 if row_names else 0, 56 if names else 0
+    wrap = lambda name, width: textwrap.wrap(printable(name)[:200], max(1, width // 6))[:4]
+    left, below = 64 if row_names else 0, 14 * max((len(wrap(name, w)) for name in names), default=0)
     stride = h + gap + (below if per_picture else 0)
     size = left + c * (w + gap) - gap, r * stride - gap + (0 if per_picture else below)
     sheet = Image.new("L" if k == 1 else "RGB", size, "white")
@@ -1268,8 +1269,7 @@ def grid(rows: np.ndarray, scale: int = 1, names=(), row_names=(), gap: int = 2)
         labels.append((name, w, below, left + n % c * (w + gap), row * stride + h))
     for name, width, height, x, y in labels:  # wrapped, and cut at the edges of its cell
         cell = Image.new(sheet.mode, (width, height), "white")
-        text = "\n".join(textwrap.wrap(printable(name)[:200], max(1, width // 6))[:4])
-        font = ImageFont.load_default(11)
+        text, font = "\n".join(wrap(name, width)), ImageFont.load_default(11)
         ImageDraw.Draw(cell).multiline_text((1, 1), text, "black", font, spacing=2)
         sheet.paste(cell, (x, y))
     return sheet
