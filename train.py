@@ -57,7 +57,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 @dataclass(frozen=True)
 class Config:
     """One run. Every field is a flag; the record travels in the checkpoint. "auto", 0 or nothing:
-    `resolve` fills it in, and prints what it chose."""
+    `resolve` fills it in, and prints what it chose. The defaults are the paper's objective on the demo's
+    data, no preset: from Python, `main([...])`, or `train(replace(PRESETS["demo"], name="mine"))`."""
 
     data: str = flag("demo", "demo, emoji, fashion, mnist, cifar10, cifar100, random, or a folder:\n"
         "a set of data.py prepare, pictures in a folder per class, or pictures with captions")

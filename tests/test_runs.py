@@ -322,6 +322,14 @@ def test_a_planted_nan_stops_both_ranks_before_the_save(tmp_path):
     assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
 
 
+def test_an_error_of_all_ranks_is_one_line(tmp_path):
+    """Whether each met it by itself, or rank 0 for all."""
+    for flags in (["--share_diffusion", 1], ["--data", "nowhere"]):
+        code, text = shell(command(tmp_path, *flags, ranks=2))
+        (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert code and flags[0] in line
+
+
 @posix
 @pytest.mark.slow
 def test_kill_nine_while_writing_loses_nothing(tmp_path):
