@@ -1288,7 +1288,7 @@ def plot(path, curves: dict, **axes_settings) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        note(f"{path} is not drawn: that needs matplotlib")
+        say(f"{path} is not drawn: that needs matplotlib")
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
