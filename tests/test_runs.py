@@ -81,6 +81,14 @@ def test_an_older_python_is_named_at_once():
     assert code and len(text.splitlines()) == 1 and "3.11" in text
 
 
+@pytest.mark.parametrize("stage", ["train", "sample", "evaluate", "data"])
+def test_a_missing_package_is_named_at_once(stage):
+    """As outside of the environment."""
+    code = f"import sys; sys.modules.update(numpy=None, torch=None); import {stage}"
+    code, text = shell([sys.executable, "-c", code])
+    assert code and len(text.splitlines()) == 1 and "pip install" in text
+
+
 @pytest.mark.parametrize("name, value", [("RANK", "3"), ("WORLD_SIZE", "4")])
 def test_one_variable_left_over_from_a_job_is_one_process(tmp_path, monkeypatch, name, value):
     for other in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):

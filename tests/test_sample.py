@@ -354,6 +354,7 @@ def test_the_command_draws_a_grid_and_says_whose(run, tmp_path, monkeypatch, cap
     for part in (str(Path("runs/demo")), "step 7", "guidance 1.5", "emu, ape, cat"):
         assert part in said
     assert Image.open("samples.png").size > (3 * 64, 2 * 64)  # pixels 16 wide, and labels
+    assert "runs/z" in refused(main, "--device", "cpu", "--checkpoint", "runs")  # of those inside
     assert "101 columns" in refused(main, "--device", "cpu", "--classes", *[0] * 101)
 
 
@@ -525,7 +526,7 @@ def test_sampling_makes_no_float64_on_the_device(run, text_run, tmp_path, no_flo
 BAD = """
 --steps 0; --steps 4 -1; --steps many; --steps nan; --step 4; --batch 0; --cfg 2; --precision fp8
 --classes 5; --classes 0 -1; --classes zebra; --prompts sun; --size 5 4; --image folder.png
--n 0 --out x; -n many --out x; -n 3; --device nowhere; --device cuda; --device cuda:1
+-n 0 --out x; -n many --out x; -n 3; --out x.png -n 3; --device nowhere; --device cuda; --device cuda:1
 --out folder.png; --out picture.jpg; --out x.npz; --out file/grid.png; --out file -n 2
 --seed -1; --seed nan; --seed 9223372036854775808; --guidance nan; --guidance inf
 --stochastic 0.2; --stochastic 0.2 -n 2 --out x; --stochastic -0.2; --stochastic nan
@@ -548,6 +549,17 @@ def test_bad_calls_are_refused(run, text_run, tmp_path, monkeypatch, refused, ca
     message = refused(main, "--checkpoint", checkpoint, *device, *flags)
     assert flags[0] in message and sorted(tmp_path.rglob("*")) == before
     assert Path("file").read_text() == ""
+
+
+@pytest.mark.parametrize("indices, conditions, steps, seed", [
+    ([0], [0, 1], 1, 0), ([], [], 1, 0), ([0], ["ape"], 1, 0), ([0], [9], 1, 0), ([0], [0], 2.5, 0),
+])  # fmt: skip
+def test_bad_calls_from_python_are_refused(run, indices, conditions, steps, seed):
+    sampler = open_sampler(run)
+    with pytest.raises(UserError):
+        sampler.draw(indices, conditions, steps, seed)
+    with pytest.raises(TypeError, match="guidence"):
+        open_sampler(run, guidence=1.0)
 
 
 def test_the_shell_sees_one_line_and_status_2_where_there_is_no_run(tmp_path):

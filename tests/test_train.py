@@ -718,6 +718,7 @@ def test_dry_run_is_exact_arithmetic(name, capsys):
         train.main(["--config", name, "--dry_run", *flags.split()])
         text = capsys.readouterr().out
         assert f"{n:,} parameters in {tensors} tensors" in text
+        assert "--precision bf16" in text or torch.cuda.is_available()  # planned where no GPU is
         lines = [line.split() for line in text.splitlines() if line.endswith("a rank")]
         sizes = {line[0]: float(line[1]) for line in lines}
         weights = 4 * n / shards / 2**30
