@@ -1451,7 +1451,8 @@ def prepare(cfg: PrepareConfig, found: Found | None = None) -> None:
     """Pictures to a set. Ranks fill every world_size-th chunk; where it was stopped, it goes on."""
     (rank, world_size), out = ranks(), Path(cfg.out)
     require(Path(cfg.images).is_dir(), f"--images {cfg.images}: no such folder")
-    require(not lies_in(out, cfg.images), f"--out {out}: lies in --images {cfg.images}; give a folder outside of it")
+    require(not lies_in(out, cfg.images), f"--out {out}: lies in --images {cfg.images}; give a folder "
+            "outside of it")  # fmt: skip
     require(cfg.native or len(cfg.size) <= 1, f"--size {cfg.size}: several need --native")
     require(cfg.autoencoder or not cfg.pixels, "--pixels: without --autoencoder the set is of pixels")
     require(max(cfg.size, default=0) <= 2**14, f"--size {cfg.size}: at most {2**14} pixels a side")
@@ -1509,8 +1510,8 @@ def prepare_folder(root: Path, side: int) -> Path:
         times = [os.stat(p.file).st_mtime_ns for p in found.pictures]
         return PREPARED / f"{printable(root.resolve().stem)}-{found.digest(times, side)}"
 
-    first_rank(require, not lies_in(PREPARED, root), f"--data {root}: holds the working directory, where it would be "
-               "prepared; start from another one")  # fmt: skip
+    first_rank(require, not lies_in(PREPARED, root), f"--data {root}: holds the working directory, "
+               "where it would be prepared; start from another one")  # fmt: skip
     out = first_rank(name)
     if not first_rank((out / "meta.json").is_file):
         say(f"{root}: preparing it as {out}, once")

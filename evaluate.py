@@ -154,7 +154,8 @@ def open_pictures(name: str, side: int | None) -> Pictures:
         key = f"{Path(name).name}_{source.fingerprint}_{side}"
         labels = None if source.captions is not None else source.labels[source.rows]
         return Pictures(name, source.rows.tolist(), read, key, side, source.spec.classes, labels)
-    require(Path(name).is_dir(), f"{name}: no such folder; give one of pictures, or one of {', '.join(data.SETS)}")
+    require(Path(name).is_dir(), f"{name}: no such folder; give one of pictures, or one of "
+            f"{', '.join(data.SETS)}")  # fmt: skip
     entries, others = data.list_pictures(name)
     data.say_unread(name, others)
     stats = [Path(e.file).stat() for e in entries]

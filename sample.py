@@ -185,12 +185,10 @@ def sampling_times(transport: Transport, steps, shift=1.0, floor=0.0) -> Tensor:
     low, high = transport.t_min, transport.t_max
     if isinstance(steps, (int, np.integer)):
         require(steps >= 1, f"--steps {steps}: a sample takes at least 1 step")
-        times = shift_times(transport, transport.times(int(steps)), shift)
         for n in range(int(steps), 4 * int(steps)):  # so many that what is left is as many as asked for
-            finer = shift_times(transport, transport.times(n), shift)
-            kept = finer[(transport.sigma(finer) >= floor) | (finer == finer[-1])]
-            if len(kept) > steps:
-                times = kept
+            times = shift_times(transport, transport.times(n), shift)
+            times = times[(transport.sigma(times) >= floor) | (times == times[-1])]
+            if len(times) > steps:
                 break
         times[0] = high  # which a shift below 1/2 rounds
     else:

@@ -239,8 +239,9 @@ def check(cfg: Config) -> Config:
             "--drop 0.1")  # fmt: skip
     plain = "/" not in cfg.name and not cfg.name.startswith(".")
     require(plain, f"--name {cfg.name}: one folder name, without / or a leading dot; give another --name")
-    require(transport.on_unit_interval or not cfg.shift_tokens, f"--shift_tokens {cfg.shift_tokens}: needs times in [0, 1], "
-            f"not those of {cfg.transport!r}; use 0")  # fmt: skip
+    fits = transport.on_unit_interval or not cfg.shift_tokens
+    require(fits, f"--shift_tokens {cfg.shift_tokens}: needs times in [0, 1], not those of "
+            f"{cfg.transport!r}; use 0")  # fmt: skip
     if cfg.kernel != "constant":
         with explain(ValueError, f"--tau {cfg.tau}: give another, or another --transport"):
             check_weight(transport, cfg.tau)
@@ -528,7 +529,8 @@ def start_from(model: TiM, cfg: Config) -> None:
                 f"{way}, or --init_anyway to train it onto {now}")  # fmt: skip
     kinds = {True: "texts", False: "classes"}
     was, now = kinds[old.classes is None], kinds[model.classes is None]
-    require(was == now, f"--init {cfg.init}: was trained on {was}, --data {cfg.data} has {now}; give other data")
+    require(was == now, f"--init {cfg.init}: was trained on {was}, --data {cfg.data} has {now}; give "
+            "other data")  # fmt: skip
     state, fresh = old.state_dict(), model.state_dict()
     table = "y_embedder.embedding_table.weight"
     if table in state and table in fresh and len(state[table]) != len(fresh[table]):

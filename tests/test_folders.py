@@ -561,6 +561,7 @@ def test_a_picture_more_is_named_and_not_its_prompt(tmp_path, refused):
     make(tmp_path / "set", FLAT | TEXTS)
     more = "--data set --side 16 --name run".split()
     own(*more)
+    assert "--side" in refused(train.main, *SHORT, *more, "--side", "8")  # not the pictures
     make(tmp_path / "set", {"3.png": PIC, "3.txt": "drei"})
     said = refused(train.main, *SHORT, *more, "--steps", "3")
     assert "--data" in said and "drei" not in said

@@ -383,8 +383,8 @@ def test_a_signal_to_one_rank_stops_and_saves_all(two_ranks):
 
 
 def test_bad_input_stops_every_rank(two_ranks):
-    """So do folders that are not the same: half a checkpoint on each machine would load nowhere. A set
-    that is not there is asked for by the command that makes it."""
+    """So do folders that are not the same: half a checkpoint on each machine would load nowhere. The
+    message about a missing set gives the command that prepares it."""
     runs, (first, second) = two_ranks
     assert first == second and len(first) == 4
     batch, file, apart, absent = first

@@ -432,8 +432,8 @@ def test_finite_difference_divides_by_the_rounded_distance():
 @pytest.mark.parametrize("w_cond", [0.0, 0.75])
 @each_transport
 def test_guided_target_has_the_guided_flow_as_fixed_point_for_every_guidance(transport, w_cond):
-    """x | class ~ N(0, S^2), x ~ N(0, S_NULL^2), a guidance w of its own for each sample: as the
-    network knows w, E[target | x_t] is its output if it stands for the exact flow of the field of w.
+    """x | class ~ N(0, S^2), x ~ N(0, S_NULL^2), a guidance w per sample, which the network sees.
+    If its output is the exact flow of the guided field of w, E[target | x_t] is that output.
 
     Replacing the residual alone, and taking df/dt along the data's path, has another fixed point.
     """
